@@ -1,0 +1,97 @@
+"""`conf/tokenizer` and `conf/data`: from text to token ids on disk."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from yxanul_nemo.config.base import Section
+
+
+class TokenizerConfig(Section):
+    """Where the tokenizer comes from. It is built once, into `run.dir/tokenizer`, and its fingerprint travels with data and checkpoints."""
+
+    name: str
+    """Name for people."""
+    kind: Literal["train_superbpe", "train_bpe", "superbpe", "huggingface", "sentencepiece"]
+    """`train_superbpe`/`train_bpe`: train on the run's own corpus; `superbpe`: build from vocab.json and merges.txt;
+    `huggingface`: a folder with tokenizer.json; `sentencepiece`: a .model file."""
+    path: Path | None = None
+    """Folder or file to load from (kinds superbpe, huggingface, sentencepiece)."""
+    hub_id: str | None = None
+    """Name on the Hugging Face hub, fetched when `path` is absent and there is network."""
+    eos_token: str = "<|endoftext|>"
+    """Token that ends each document; its text inside a document is encoded as plain text."""
+    pad_token: str | None = None
+    """Padding token, where the tokenizer has one of its own."""
+    vocab_size: int | None = Field(default=None, ge=300)
+    """Size to train to, special tokens included (training kinds only)."""
+    transition: int | None = Field(default=None, ge=300)
+    """Vocabulary size at which training goes from merges inside words to merges across them (train_superbpe)."""
+    max_words_per_token: int = Field(default=4, ge=1)
+    """Longest superword, in words (train_superbpe)."""
+    train_bytes: int = Field(default=100_000_000, ge=1000)
+    """Text used for training the tokenizer, in bytes of UTF-8."""
+
+    @model_validator(mode="after")
+    def _kind_needs(self) -> "TokenizerConfig":
+        if self.kind.startswith("train_"):
+            if self.vocab_size is None:
+                raise ValueError(f"kind={self.kind} needs vocab_size")
+            if self.kind == "train_superbpe" and (self.transition is None or self.transition >= self.vocab_size):
+                raise ValueError(
+                    f"kind=train_superbpe needs transition below vocab_size={self.vocab_size}, got {self.transition}"
+                )
+        elif self.path is None and self.hub_id is None:
+            raise ValueError(f"kind={self.kind} needs path (a local folder or file) or hub_id")
+        return self
+
+
+class SourceConfig(Section):
+    """One corpus: parquet shards with text or token ids."""
+
+    path: str
+    """A folder with *.parquet, a glob or one file. Relative paths are taken from where the command is run."""
+    text_column: str = "text"
+    """Column with the text; other columns are ignored."""
+    ids_column: str | None = None
+    """Column with token ids (list<int>) to use instead of text."""
+
+
+class DataConfig(Section):
+    """The corpora, how they are split, and where their tokens go."""
+
+    name: str
+    """Name for people."""
+    demo_corpus: bool = False
+    """Make the demo's corpus from the documentation of the installed packages; its sources are prose, reference and code."""
+    demo_bytes: int = Field(default=4_000_000, ge=100_000)
+    """Size of the demo's corpus, in bytes of UTF-8, over its three sources."""
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
+    """Name -> corpus. Names are what `curriculum.phases[].blend` speaks of."""
+    heldout_fraction: float = Field(default=0.01, ge=0, lt=0.5)
+    """Share of documents, chosen by hash of their text, that is never trained on."""
+    dir: Path | None = None
+    """Folder for the prepared tokens; unset: `run.dir/data`. Set it to share one corpus between runs."""
+    workers: int = Field(default=0, ge=0)
+    """Processes that tokenize; 0: all cores."""
+    seed: int = 1234
+    """Seed of the document order."""
+    max_epochs: float = Field(default=1.0, gt=0)
+    """How often a source may be read through; a curriculum that needs more is refused before training."""
+    document_mask: bool = False
+    """Restrict attention to the document and restart positions in it; False: documents flow on with EOS between them."""
+
+    @model_validator(mode="after")
+    def _has_sources(self) -> "DataConfig":
+        if self.demo_corpus == bool(self.sources):
+            raise ValueError("set either demo_corpus=true or at least one entry in sources")
+        return self
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Sources in the order that fixes their place in blends."""
+        return DEMO_SOURCES if self.demo_corpus else tuple(self.sources)
+
+
+DEMO_SOURCES = ("prose", "reference", "code")

@@ -1,0 +1,125 @@
+"""From Hydra's composed dictionary to a checked `RunConfig`, with errors that a user can act on."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError, nearest
+
+REPO_DIR = Path(__file__).resolve().parents[2]
+CONF_DIR = REPO_DIR / "conf"
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """Compose `conf/` with `key=value` overrides as the command line would.
+
+    Raises:
+        UserError: an override names no key, group or option, or cannot be parsed.
+    """
+    with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        try:
+            return hydra.compose("config", overrides=list(overrides))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise _override_error(error) from None
+
+
+def parse(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
+    """Check a composed configuration against the schema.
+
+    Raises:
+        UserError: names the first wrong key, its value, what is expected and the nearest valid key.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else dict(composed)
+        return RunConfig.model_validate(plain)
+    except OmegaConfBaseException as error:
+        raise UserError(getattr(error, "full_key", None) or "configuration", _first_line(error)) from None
+    except ValidationError as error:
+        raise _schema_error(error) from None
+
+
+def load_run_config(path: Path) -> RunConfig:
+    """Read the resolved `config.yaml` that the launcher keeps in a run's folder."""
+    if not path.is_file():
+        raise UserError(
+            path, "not found", "the config.yaml of a run", "Give the folder of a run that the launcher made."
+        )
+    try:
+        loaded = OmegaConf.load(path)
+    except (OmegaConfBaseException, ValueError, OSError) as error:
+        raise UserError(path, f"cannot be read ({_first_line(error)})", "YAML") from None
+    if not isinstance(loaded, DictConfig):
+        raise UserError(path, "is not a mapping", "the config.yaml of a run")
+    return parse(loaded)
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML that `load_run_config` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """All dotted keys of a section and of the sections in it."""
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if isinstance(inner, type) and issubclass(inner, BaseModel):
+                yield from keys_of(inner, f"{prefix}{name}.")
+
+
+def _schema_error(error: ValidationError) -> UserError:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    more = f" ({error.error_count() - 1} more of the kind)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        siblings = _siblings(first["loc"])
+        return UserError(where, f"no such key{more}", fix=nearest(str(first["loc"][-1]), siblings))
+    if first["type"] == "missing":
+        return UserError(where, f"is not set{more}", "a value", "Give it in the recipe or as key=value.")
+    if first["type"] == "value_error":
+        return UserError(where, first["msg"].removeprefix("Value error, ") + more)
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return UserError(where, f"got {first['input']!r}{more}", message.removeprefix("input should be "))
+
+
+def _siblings(loc: tuple[int | str, ...]) -> list[str]:
+    section: Any = RunConfig
+    for part in loc[:-1]:
+        if isinstance(part, str) and isinstance(section, type) and issubclass(section, BaseModel):
+            field = section.model_fields.get(part)
+            if field is None:
+                return []
+            candidates = (field.annotation, *get_args(field.annotation))
+            section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _override_error(error: Exception) -> UserError:
+    """Hydra's messages name the key in prose only, so it is read from there (hydra-core 1.3)."""
+    text = str(error)
+    found = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text)
+    if found:
+        key = found.group(1)
+        groups = [path.name for path in CONF_DIR.iterdir() if path.is_dir()]
+        return UserError(key, "no such key", fix=nearest(key, [*keys_of(RunConfig), *groups]))
+    found = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
+    if found:
+        group, option = found.groups()
+        options = [path.stem for path in (CONF_DIR / group).glob("*.yaml")]
+        return UserError(group, f"no option '{option}'", f"a file of conf/{group}", nearest(option, options))
+    return UserError(
+        "command line", _first_line(error), "key=value, as in `python launcher.py recipe=demo stage=train`"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -1,0 +1,86 @@
+"""`conf/checkpoint`, `conf/validation`, `conf/logging`, `conf/export`: what a run leaves behind."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from yxanul_nemo.config.base import Section
+
+
+class CheckpointConfig(Section):
+    """When state is committed to disk and what is kept. The end of each phase is always saved and kept."""
+
+    every_tokens: float = Field(gt=0)
+    """Tokens between two checkpoints inside a phase."""
+    keep_latest: int = Field(default=3, ge=1)
+    """Checkpoints kept beside the best one and the ends of phases."""
+    verify: Literal["full", "size"] = "full"
+    """What loading checks against the manifest: SHA-256 of every file, or only their sizes."""
+    allow_mismatch: list[str] = []
+    """Differences between a checkpoint and the configured run that a resume may accept, by the names that the refusal gives
+    them; each is noted in the ledger."""
+
+
+class DomainConfig(Section):
+    """Held-out text of one kind."""
+
+    source: str | None = None
+    """Name of a data source whose held-out documents are used."""
+    path: str | None = None
+    """A parquet or jsonl file, or a name inside `validation.dir`."""
+    template: str = "{text}"
+    """How a row's columns become a document, as a Python format string."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """Use only the first so many documents."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "DomainConfig":
+        if (self.source is None) == (self.path is None):
+            raise ValueError(
+                "set either source (held-out documents of a data source) or path (a parquet or jsonl file)"
+            )
+        return self
+
+
+class ValidationConfig(Section):
+    """Bits per byte on named domains, at one fixed length so that phases compare."""
+
+    domains: dict[str, DomainConfig] = Field(min_length=1)
+    """Name -> held-out text."""
+    dir: Path = Path("validation")
+    """Folder in which relative `path`s of domains are looked for."""
+    eval_len: int = Field(ge=2)
+    """Length of the scoring windows, in tokens."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens by which windows move over a long document; unset: half of `eval_len`."""
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens scored at once; changes speed and memory, not the result."""
+
+    @model_validator(mode="after")
+    def _stride_fits(self) -> "ValidationConfig":
+        if self.stride is not None and self.stride > self.eval_len:
+            raise ValueError(
+                f"stride={self.stride} is over eval_len={self.eval_len}; tokens between windows would go unscored"
+            )
+        return self
+
+
+class LoggingConfig(Section):
+    """What is shown and recorded while training."""
+
+    every_steps: int = Field(default=10, ge=1)
+    """Optimizer steps between two records in metrics.jsonl and on the console."""
+    tensorboard: bool = True
+    """Also write TensorBoard event files, into `run.dir/tensorboard`."""
+
+
+class ExportConfig(Section):
+    """The formats a finished model is written in."""
+
+    formats: list[Literal["nemo", "hf"]] = Field(default=["nemo", "hf"], min_length=1)
+    """`nemo`: NeMo's tar; `hf`: a standard Llama folder."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the exported weights."""
+    checkpoint: Literal["latest", "best"] = "latest"
+    """Which checkpoint of the run is exported."""

@@ -1,0 +1,78 @@
+"""`conf/optim`, `conf/precision`, `conf/parallel`: how the model is trained."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from yxanul_nemo.config.base import Section
+
+
+class OptimConfig(Section):
+    """AdamW and its learning-rate schedule, a pure function of consumed tokens."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate, before the phase's `lr_scale`."""
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Learning rate at the end of the decay, as a share of the peak."""
+    warmup_tokens: float = Field(default=0, ge=0)
+    """Tokens of linear warm-up at the start of the run; below 1 it is a share of the whole run."""
+    decay: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape after the warm-up; `wsd` stays at the peak and falls linearly over the last `wsd_decay_ratio`."""
+    wsd_decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    """Share of the run that `wsd` spends falling."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the second moment."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay of matrices; norms are never decayed."""
+
+
+class PrecisionConfig(Section):
+    """Number formats. Main parameters, gradient accumulation and loss are FP32 in all of them."""
+
+    name: Literal["fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8"]
+    """`fp8_hybrid`: E4M3 forward, E5M2 backward, delayed scaling; `fp8_e4m3`: E4M3 in both, delayed; `fp8_current`: hybrid formats
+    scaled by the current tensor; `mxfp8`: Blackwell's block format."""
+    fp8_amax_history_len: int = Field(default=16, ge=1)
+    """Steps of largest-value history behind a delayed scale."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """How the history becomes a scale."""
+    fp8_attention: bool = False
+    """Run the attention core in FP8 too."""
+    bf16_first_tokens: float = Field(default=0, ge=0)
+    """Tokens at the start of the run that are trained in BF16 before FP8 begins."""
+
+    @property
+    def is_fp8(self) -> bool:
+        """Whether Transformer Engine's FP8 autocast is used."""
+        return self.name not in ("fp32", "bf16")
+
+    @model_validator(mode="after")
+    def _fp8_only(self) -> "PrecisionConfig":
+        if not self.is_fp8 and (self.fp8_attention or self.bf16_first_tokens):
+            raise ValueError(f"fp8_attention and bf16_first_tokens have no meaning with name={self.name}")
+        return self
+
+
+class ParallelConfig(Section):
+    """Layout over processes. Pipeline parallelism is absent on purpose: both factors of the embedding are tied to the head."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto`: the GPU if there is one."""
+    processes_per_node: int | Literal["auto"] = "auto"
+    """Training processes here; `auto`: one per GPU, one on a CPU."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that share one copy of the matrices; at most `model.kv_groups`."""
+    context_parallel: int = Field(default=1, ge=1)
+    """Ranks that share one sequence."""
+    micro_batch_tokens: int = Field(default=32768, ge=1)
+    """Largest micro-batch per rank, in tokens; the windows of a step are spread over accumulated micro-batches of at most this size."""
+    layer_spec: Literal["auto", "torch", "te"] = "auto"
+    """`te`: Megatron-core's Transformer Engine layers (GPU); `torch`: plain torch layers; `auto`: te where it can run."""
+    cpu_threads: int = Field(default=0, ge=0)
+    """Threads per process on a CPU; 0: the cores divided by the processes."""
+    nccl_timeout_minutes: float = Field(default=10.0, gt=0)
+    """A collective that takes longer ends the run."""

@@ -1,0 +1,32 @@
+"""The one way in which the project tells a user that something they gave it cannot work."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: the launcher prints it in one message, without a traceback, and exits with 2.
+
+    Args:
+        where: the key, file or command that is wrong, as the user would name it (`optim.lr`, `data/a.parquet`).
+        problem: what was found there, with the value.
+        expected: what would be right.
+        fix: what to do about it, as a command or a key where there is one.
+    """
+
+    def __init__(self, where: object, problem: str, expected: str = "", fix: str = ""):
+        self.where, self.problem, self.expected, self.fix = str(where), problem, expected, fix
+        parts = [f"{self.where}: {problem}"]
+        if expected:
+            parts.append(f"expected {expected}")
+        message = "; ".join(parts) + "."
+        super().__init__(f"{message} {fix}".strip())
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A sentence that names the valid name closest to `name`, or lists the valid ones if none is close."""
+    valid = sorted(set(valid))
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    return f"Valid: {', '.join(valid)}." if valid else ""

@@ -1,0 +1,137 @@
+"""Tensors of a checkpoint: each rank writes the pieces it owns as safetensors, and any layout reads the pieces it needs.
+
+A piece is a block of a global tensor, named `<key>@<offset>`; which block it is stands in the file's header. Megatron-core's
+sharding descriptions (`ShardedTensor`: key, global shape, offset) say what a rank owns, so tensor- and data-parallel sizes may
+change between save and load. Nothing is pickled (Megatron's torch_dist format keeps its metadata in a pickle).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from yxanul_nemo.errors import UserError
+
+HEADER_KEY = "pieces"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a global tensor inside one file."""
+
+    file: Path
+    name: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    global_shape: tuple[int, ...]
+
+
+def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
+    """All `ShardedTensor`s in a nested sharded state dict; factories (the two halves of SwiGLU) are taken apart first."""
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensor):
+            yield value
+        elif isinstance(value, ShardedTensorFactory):
+            yield from sharded_tensors(value.build())
+
+
+def save_shards(state: Any, folder: Path, rank: int) -> None:
+    """Write the pieces that this rank owns (its main replicas) to `folder/rank_<rank>.safetensors`."""
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, dict[str, list[int]]] = {}
+    for shard in sharded_tensors(state):
+        if not is_main_replica(shard.replica_id):
+            continue
+        name = f"{shard.key}@{','.join(map(str, shard.global_offset))}"
+        assert name not in tensors, f"two pieces are called {name}"
+        tensors[name] = (
+            shard.data.detach().reshape(_block_shape(shard)).cpu().clone(memory_format=torch.contiguous_format)
+        )
+        header[name] = {"offset": list(shard.global_offset), "global_shape": list(shard.global_shape)}
+    save_file(tensors, folder / f"rank_{rank:05d}.safetensors", metadata={HEADER_KEY: json.dumps(header)})
+
+
+class ShardReader:
+    """The pieces of a checkpoint's folder, read by memory map.
+
+    Raises:
+        UserError: a file is no safetensors file of this format.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.pieces: dict[str, list[Piece]] = {}
+        self._open: dict[Path, Any] = {}
+        for file in sorted(folder.glob("rank_*.safetensors")):
+            try:
+                handle = safe_open(file, framework="pt")
+                header = json.loads((handle.metadata() or {})[HEADER_KEY])
+                for name, place in header.items():
+                    shape = tuple(handle.get_slice(name).get_shape())
+                    piece = Piece(file, name, tuple(place["offset"]), shape, tuple(place["global_shape"]))
+                    self.pieces.setdefault(name.rpartition("@")[0], []).append(piece)
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                raise UserError(file, f"is not a checkpoint file ({type(error).__name__}: {error})") from None
+            self._open[file] = handle
+        if not self.pieces:
+            raise UserError(folder, "holds no rank_*.safetensors", "a checkpoint")
+
+    def keys(self) -> set[str]:
+        """Names of the global tensors."""
+        return set(self.pieces)
+
+    @torch.no_grad()
+    def load_into(self, state: Any) -> None:
+        """Fill every `ShardedTensor` of `state` in place.
+
+        Raises:
+            UserError: a tensor is missing, has another global shape or is not covered; it is named.
+        """
+        for shard in sharded_tensors(state):
+            pieces = self.pieces.get(shard.key)
+            if pieces is None:
+                raise UserError(self.folder, f"lacks the tensor '{shard.key}'", "a checkpoint of this model")
+            if pieces[0].global_shape != tuple(shard.global_shape):
+                raise UserError(
+                    self.folder,
+                    f"has '{shard.key}' as {list(pieces[0].global_shape)}",
+                    f"{list(shard.global_shape)}, as the configured model has it",
+                )
+            self._fill(shard, pieces)
+
+    def _fill(self, shard: ShardedTensor, pieces: list[Piece]) -> None:
+        target = shard.data.detach().view(_block_shape(shard))
+        covered = 0
+        for piece in pieces:
+            ours, theirs, count = [], [], 1
+            for want_from, want_size, have_from, have_size in zip(
+                shard.global_offset, target.shape, piece.offset, piece.shape, strict=True
+            ):
+                begin = max(want_from, have_from)
+                end = min(want_from + want_size, have_from + have_size)
+                ours.append(slice(begin - want_from, end - want_from))
+                theirs.append(slice(begin - have_from, end - have_from))
+                count *= max(0, end - begin)
+            if count:
+                target[tuple(ours)].copy_(self._open[piece.file].get_slice(piece.name)[tuple(theirs)])
+                covered += count
+        if covered != target.numel():
+            raise UserError(
+                self.folder,
+                f"has {covered:,} of the {target.numel():,} values of '{shard.key}' that this rank needs",
+                "all of them",
+                "A rank's file is missing.",
+            )
+
+
+def _block_shape(shard: ShardedTensor) -> tuple[int, ...]:
+    """Local shape with the axes that Megatron prepends (the layer number) as size 1."""
+    return (1,) * shard.prepend_axis_num + tuple(shard.local_shape)

@@ -1,0 +1,98 @@
+"""Windows of a phase: inputs and labels cut from the sources' streams, and the batches that ranks get of them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset
+
+from yxanul_nemo.data.blend import Blend
+from yxanul_nemo.data.stream import TokenStream
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """How the windows of one optimizer step are spread over ranks and accumulated micro-batches."""
+
+    micro_batch_size: int
+    """Windows per rank and micro-batch."""
+    accumulation: int
+    """Micro-batches per step."""
+    data_parallel: int
+    """Ranks with different windows."""
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows in one optimizer step, over all ranks."""
+        return self.micro_batch_size * self.accumulation * self.data_parallel
+
+
+class PhaseWindows:
+    """All windows of one phase as a function of their number; the order does not depend on ranks or micro-batches.
+
+    Args:
+        streams: one stream per source.
+        shares: share of each source in the phase's windows, summing to 1.
+        start_tokens: position of each source's stream where the phase begins (what earlier phases have read of it).
+        seq_len: length of a window.
+    """
+
+    def __init__(self, streams: Sequence[TokenStream], shares: np.ndarray, start_tokens: Sequence[int], seq_len: int):
+        self.streams, self.start_tokens, self.seq_len = list(streams), list(start_tokens), seq_len
+        self.blend = Blend(shares)
+
+    def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels [count, seq_len] int64 of windows first .. first + count - 1.
+
+        This is the one place where labels are shifted: the label of a token is the token after it in the stream,
+        also at the end of a window, where it is the first token of the source's next window.
+        """
+        inputs = np.empty((count, self.seq_len), dtype=np.int64)
+        labels = np.empty((count, self.seq_len), dtype=np.int64)
+        source_of = self.blend.sources(first, count)
+        before = self.blend.windows_before(first)
+        for source in np.unique(source_of):
+            rows = np.flatnonzero(source_of == source)
+            position = self.start_tokens[source] + int(before[source]) * self.seq_len
+            tokens = self.streams[source].read(position, len(rows) * self.seq_len + 1)
+            inputs[rows] = tokens[:-1].reshape(len(rows), self.seq_len)
+            labels[rows] = tokens[1:].reshape(len(rows), self.seq_len)
+        return inputs, labels
+
+    def tokens_per_source(self, windows: int) -> list[int]:
+        """Tokens that the first `windows` windows of the phase take from each source."""
+        return [int(n) * self.seq_len for n in self.blend.windows_before(windows)]
+
+
+class PhaseBatches(IterableDataset):
+    """The steps `first_step` .. `last_step` - 1 of a phase, as one rank sees them.
+
+    Yields pairs (ids_ABT, labels_ABT) of int64 tensors [accumulation, micro_batch_size, seq_len].
+    """
+
+    def __init__(self, windows: PhaseWindows, layout: BatchLayout, rank: int, first_step: int, last_step: int):
+        self.windows, self.layout, self.rank = windows, layout, rank
+        self.first_step, self.last_step = first_step, last_step
+
+    def __len__(self) -> int:
+        return self.last_step - self.first_step
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for step in range(self.first_step, self.last_step):
+            yield self.batch(step)
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The micro-batches of one step for this rank."""
+        size, ranks = self.layout.micro_batch_size, self.layout.data_parallel
+        parts = [
+            self.windows.read(step * self.layout.windows_per_step + (a * ranks + self.rank) * size, size)
+            for a in range(self.layout.accumulation)
+        ]
+        ids, labels = (np.stack(arrays) for arrays in zip(*parts, strict=True))
+        return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def open_streams(shards_of: Mapping[str, Sequence], seed: int) -> list[TokenStream]:
+    """One stream per source, each with its own document order."""
+    return [TokenStream(shards, seed=seed + 1_000_003 * i) for i, shards in enumerate(shards_of.values())]

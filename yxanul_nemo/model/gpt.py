@@ -1,0 +1,139 @@
+"""Megatron-core's GPTModel with the factorized tied embedding and a head that never holds [tokens, vocabulary] for the loss."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from yxanul_nemo.config.model import ModelConfig
+from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
+from yxanul_nemo.kernels.linear_cross_entropy import linear_cross_entropy
+from yxanul_nemo.model.counts import parameter_count
+from yxanul_nemo.model.embedding import FactorizedEmbedding
+from yxanul_nemo.model.layers import TorchRotaryEmbedding, te_layer_spec, torch_block_spec
+
+
+class YxanulGPT(GPTModel):
+    """`forward(ids)` gives logits, `forward(ids, labels)` the loss of each token; labels are already shifted by the caller."""
+
+    def __init__(self, model: ModelConfig, config: TransformerConfig, vocab_size: int, layer_spec: str):
+        self.real_vocab_size = vocab_size
+        self.model_shape = model
+        spec = te_layer_spec(config) if layer_spec == "te" else torch_block_spec(config)
+        super().__init__(
+            config,
+            spec,
+            # GPTModel builds an unfactorized table first; setup_embeddings_and_output_layer replaces it, so it is kept tiny.
+            vocab_size=parallel_state.get_tensor_model_parallel_world_size(),
+            max_sequence_length=model.max_position_embeddings,
+            share_embeddings_and_output_weights=True,
+            position_embedding_type="rope",
+            rotary_base=model.rope_base,
+        )
+        if layer_spec == "torch":
+            self.rotary_pos_emb = TorchRotaryEmbedding(model.head_dim, model.rope_base, self.pg_collection.cp)
+        built = sum(p.numel() for p in self.parameters())
+        if config.tensor_model_parallel_size == 1:
+            expected = parameter_count(model, self.vocab_size)
+            assert built == expected, f"built {built} parameters, the configuration means {expected}"
+
+    def setup_embeddings_and_output_layer(self) -> None:
+        """The last step of GPTModel's construction: put the factorized pair where Megatron-core has a full table and a full head."""
+        self.vocab_size = self.model_shape.padded_vocab_size(self.real_vocab_size)
+        self.embedding = FactorizedEmbedding(
+            self.config,
+            self.model_shape.embedding_rank,
+            self.vocab_size,
+            self.max_sequence_length,
+            tp_group=self.pg_collection.tp,
+        )
+        # The head has no parameters of its own.
+        self.output_layer = torch.nn.Identity()
+        self.output_layer.weight = None
+        super().setup_embeddings_and_output_layer()
+
+    def forward(self, ids_BT: Tensor, labels_BT: Tensor | None = None, **options: object) -> Tensor:
+        """Args: ids_BT token ids [B, T]; labels_BT the token after each of them [B, T], -100 where none is scored.
+
+        Returns: logits [B, T, vocab_size] in FP32 without labels (a small model's tool), else the loss per token [B, T] in FP32.
+        """
+        return super().forward(ids_BT, None, None, labels=labels_BT, output_processor=self._head, **options)
+
+    def _head(self, *, hidden_states: Tensor, labels: Tensor | None, output_weight: Tensor, **_: object) -> Tensor:
+        tp_group = self.pg_collection.tp if self.config.tensor_model_parallel_size > 1 else None
+        z_TBR = self.embedding.projection.down(hidden_states)
+        if labels is None:
+            if tp_group is not None:
+                z_TBR = tensor_parallel.copy_to_tensor_model_parallel_region(z_TBR)
+            logits_TBV = F.linear(z_TBR, output_weight)
+            if tp_group is not None:
+                logits_TBV = tensor_parallel.gather_from_tensor_model_parallel_region(logits_TBV)
+            return logits_TBV[..., : self.real_vocab_size].transpose(0, 1).float()
+        n_time, n_batch, rank = z_TBR.shape
+        loss = linear_cross_entropy(
+            z_TBR.reshape(n_time * n_batch, rank),
+            output_weight,
+            labels.t().reshape(-1),
+            vocab_size=self.real_vocab_size,
+            tp_group=tp_group,
+        )
+        return loss.view(n_time, n_batch).t()
+
+
+def transformer_config(
+    model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, layer_spec: str, on_gpu: bool
+) -> TransformerConfig:
+    """Megatron-core's configuration of the blocks. `layer_spec` is `te` or `torch`, already resolved."""
+    with_te = layer_spec == "te"
+    dtype = torch.float32 if precision.name == "fp32" else torch.bfloat16
+    fp8: dict[str, object] = {}
+    if precision.is_fp8:
+        fp8 = {
+            "fp8": "e4m3" if precision.name in ("fp8_e4m3", "mxfp8") else "hybrid",
+            "fp8_recipe": {"fp8_current": "tensorwise", "mxfp8": "mxfp8"}.get(precision.name, "delayed"),
+            "fp8_amax_history_len": precision.fp8_amax_history_len,
+            "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+            "fp8_dot_product_attention": precision.fp8_attention,
+        }
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_groups,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        output_layer_init_method=scaled_normal(model),
+        # Weights are drawn on the CPU everywhere, so that they don't depend on the device or the tensor-parallel size.
+        use_cpu_initialization=True,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor_parallel,
+        context_parallel_size=parallel.context_parallel,
+        bias_activation_fusion=with_te,
+        bias_dropout_fusion=with_te,
+        apply_rope_fusion=with_te,
+        masked_softmax_fusion=with_te,
+        persist_layer_norm=with_te,
+        use_transformer_engine_op_fuser=with_te and on_gpu,
+        gradient_accumulation_fusion=False,
+        **fp8,
+    )
+
+
+def scaled_normal(model: ModelConfig):
+    """Initializer of the two projections into the residual stream: N(0, std / sqrt(2 layers)), as in GPT-2."""
+    std = model.init_std / math.sqrt(2 * model.num_layers)
+    return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)

@@ -1,0 +1,47 @@
+"""What training needs of a device, and the one place where the device is chosen."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.model.gpt import YxanulGPT
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did. Tensors stay on their device, so that reading them is the caller's choice."""
+
+    loss: Tensor
+    """Mean loss over all tokens of the step and all ranks, nats per token, scalar."""
+    grad_norm: Tensor
+    """Norm of the gradient before clipping, scalar."""
+    applied: Tensor | bool
+    """False if the update was skipped because loss or norm was not finite."""
+
+
+class Backend(Protocol):
+    """One rank's model and optimizer on one kind of device."""
+
+    model: YxanulGPT
+
+    def train_step(self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float) -> StepResult:
+        """One optimizer step over accumulated micro-batches [accumulation, micro_batch_size, seq_len]."""
+
+    def sharded_state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to go on bit by bit, as Megatron-core's sharded tensors over live storage."""
+
+    def after_load(self) -> None:
+        """Called when the tensors of `sharded_state` have been overwritten by a checkpoint's."""
+
+
+def make_backend(model: YxanulGPT, config: RunConfig, device: str) -> Backend:
+    """The backend for `device` (`cpu` or `cuda`)."""
+    if device == "cuda":
+        from yxanul_nemo.training.cuda_backend import CudaBackend
+
+        return CudaBackend(model, config)
+    from yxanul_nemo.training.cpu_backend import CpuBackend
+
+    return CpuBackend(model, config.optim)

@@ -1,0 +1,120 @@
+"""One meter: what is logged is what was applied, over exactly the steps since the last record."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from yxanul_nemo.files import write_text_atomic
+from yxanul_nemo.log import logger as log
+
+METRICS_NAME = "metrics.jsonl"
+
+
+class StepMeter:
+    """Collects steps on their device and turns them into one record; reading tensors happens only in `record`.
+
+    Args:
+        bytes_per_token: of the phase's blend, for bits per byte of the training loss.
+        flops_per_token: of forward and backward at the phase's length.
+    """
+
+    def __init__(self, bytes_per_token: float, flops_per_token: float):
+        self.bytes_per_token, self.flops_per_token = bytes_per_token, flops_per_token
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval now."""
+        self.began = time.perf_counter()
+        self.data_wait_seconds = 0.0
+        self.steps = self.tokens = 0
+        self.loss_sum: Any = 0.0
+        self.applied_sum: Any = 0
+        self.grad_norm: Any = 0.0
+
+    def add(self, tokens: int, loss: Any, grad_norm: Any, applied: Any) -> None:
+        """One optimizer step; `loss`, `grad_norm` and `applied` may be tensors on any device."""
+        self.steps += 1
+        self.tokens += tokens
+        self.loss_sum = self.loss_sum + loss
+        self.applied_sum = self.applied_sum + applied
+        self.grad_norm = grad_norm
+
+    def record(self) -> dict[str, float]:
+        """Means over the interval; the gradient norm is that of the last step. Starts the next interval."""
+        loss = float(self.loss_sum) / self.steps
+        skipped = self.steps - int(self.applied_sum)
+        grad_norm = float(self.grad_norm)
+        seconds = time.perf_counter() - self.began
+        values = {
+            "loss_nats_per_token": loss,
+            "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+            "grad_norm": grad_norm,
+            "skipped_steps": skipped,
+            "tokens_per_second": self.tokens / seconds,
+            "model_flops_per_second": self.tokens * self.flops_per_token / seconds,
+            "seconds_per_step": seconds / self.steps,
+            "data_wait_share": self.data_wait_seconds / seconds,
+        }
+        self.restart()
+        return values
+
+
+class JsonlLogger(Logger):
+    """Lightning logger that appends one JSON object per record to `<run_dir>/metrics.jsonl`.
+
+    A resumed run first drops the records after its checkpoint: those steps are trained again and would stand there twice.
+    """
+
+    def __init__(self, run_dir: Path, resume_tokens: int):
+        super().__init__()
+        self.path = run_dir / METRICS_NAME
+        self._drop_after(resume_tokens)
+
+    @property
+    def name(self) -> str:
+        """Name of the logger."""
+        return "jsonl"
+
+    @property
+    def version(self) -> int:
+        """Format version."""
+        return 1
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Path:
+        """The file written to."""
+        return self.path
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append a record."""
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps({"tokens_total": step, **metrics}) + "\n")
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The configuration is in config.yaml already."""
+
+    @rank_zero_only
+    def _drop_after(self, tokens: int) -> None:
+        if not self.path.exists():
+            return
+        kept, dropped = [], 0
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                keep = json.loads(line)["tokens_total"] <= tokens
+            except (ValueError, KeyError, TypeError):
+                keep = False
+            if keep:
+                kept.append(line)
+            else:
+                dropped += 1
+        if dropped:
+            log.info("dropping %d metrics records after %s tokens, which are trained again", dropped, f"{tokens:,}")
+            write_text_atomic(self.path, "".join(line + "\n" for line in kept))

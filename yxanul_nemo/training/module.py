@@ -1,0 +1,96 @@
+"""The Lightning module of one phase: each batch is one whole optimizer step, everything else is a function of tokens."""
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from yxanul_nemo.checkpoint.ledger import Ledger
+from yxanul_nemo.config.training import OptimConfig
+from yxanul_nemo.data.windows import PhaseWindows
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.training.backend import Backend
+from yxanul_nemo.training.metrics import StepMeter
+from yxanul_nemo.training.phases import Phase
+from yxanul_nemo.training.schedule import learning_rate
+
+MAX_SKIPPED_IN_A_ROW = 20
+"""Updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+
+
+class PhaseModule(pl.LightningModule):
+    """Args: ledger as it stands at the first step trained here; `total_tokens` of the whole curriculum, for the schedule."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        phase: Phase,
+        windows: PhaseWindows,
+        source_names: tuple[str, ...],
+        ledger: Ledger,
+        optim: OptimConfig,
+        total_tokens: int,
+        meter: StepMeter,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        # Lightning must not move, save or wrap the model: the backend owns it.
+        self._backend = [backend]
+        self.phase, self.windows, self.source_names, self.optim = phase, windows, source_names, optim
+        self.total_tokens, self.meter = total_tokens, meter
+        self.start_ledger = ledger
+        self.steps_done = ledger.phase_tokens // phase.tokens_per_step
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.last_lr = 0.0
+
+    @property
+    def backend(self) -> Backend:
+        """The model and optimizer."""
+        return self._backend[0]
+
+    @property
+    def tokens_total(self) -> int:
+        """Tokens consumed by the run so far."""
+        return self.phase.first_token + self.steps_done * self.phase.tokens_per_step
+
+    def ledger(self) -> Ledger:
+        """The ledger after the steps done so far."""
+        before = self.start_ledger.phase_tokens // self.phase.tokens_per_step
+        per_step = self.phase.windows_per_step
+        taken_before = self.windows.tokens_per_source(before * per_step)
+        taken_now = self.windows.tokens_per_source(self.steps_done * per_step)
+        per_source = {
+            name: now - then
+            for name, now, then in zip(self.source_names, taken_now, taken_before, strict=True)
+            if now > then
+        }
+        tokens = (self.steps_done - before) * self.phase.tokens_per_step
+        return self.start_ledger.consume(tokens, per_source, skipped_steps=self.skipped)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        """One optimizer step on (ids_ABT, labels_ABT)."""
+        ids_ABT, labels_ABT = batch
+        after = self.tokens_total + self.phase.tokens_per_step
+        self.last_lr = learning_rate(self.optim, after, self.total_tokens, self.phase.lr_scale)
+        result = self.backend.train_step(ids_ABT, labels_ABT, self.last_lr, self.phase.grad_clip)
+        self.meter.add(self.phase.tokens_per_step, result.loss, result.grad_norm, result.applied)
+        self.steps_done += 1
+        if result.applied is False:
+            self._count_skip()
+        else:
+            self.skipped_in_a_row = 0
+
+    def configure_optimizers(self) -> None:
+        """The backend has the optimizer."""
+
+    def _count_skip(self) -> None:
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            first = (self.steps_done - self.skipped_in_a_row) * self.phase.windows_per_step
+            last = self.steps_done * self.phase.windows_per_step - 1
+            raise UserError(
+                f"phase {self.phase.number}",
+                f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row (windows {first}-{last} of the phase)",
+                "training that converges",
+                "Lower optim.lr or the phase's lr_scale, or train in a wider precision; the last checkpoint is from before.",
+            )

@@ -1,0 +1,212 @@
+"""One phase in this process: build, resume, train, commit, validate."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from megatron.core import parallel_state
+from torch.utils.data import DataLoader
+
+from data_prep.indexed import IndexedTokens
+from data_prep.manifest import load_manifest
+from yxanul_nemo.checkpoint.ledger import Ledger
+from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
+from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.config.load import to_yaml
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.data.blend import normalized_shares
+from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows, open_streams
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.log import logger
+from yxanul_nemo.model.build import build_model
+from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.training.backend import Backend, make_backend
+from yxanul_nemo.training.callbacks import Recorder, Saver
+from yxanul_nemo.training.identity import expected_run, phase_plan
+from yxanul_nemo.training.metrics import JsonlLogger, StepMeter
+from yxanul_nemo.training.module import PhaseModule
+from yxanul_nemo.training.phases import Phase, batch_layout, check_enough_tokens, plan_phases, total_tokens
+from yxanul_nemo.training.signals import StopRequest
+from yxanul_nemo.validation.record import phase_result_path
+from yxanul_nemo.validation.stage import validate_model
+from yxanul_nemo.validation.table import table
+
+
+def checkpoint_store(config: RunConfig) -> CheckpointStore:
+    """The run's checkpoints."""
+    return CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep_latest, config.checkpoint.verify)
+
+
+class PhaseSession:
+    """Everything that training one phase needs, built once.
+
+    Raises:
+        UserError: no data, too little of it, a machine that cannot run the recipe, or a checkpoint of another run.
+    """
+
+    def __init__(self, config: RunConfig, number: int):
+        self.config = config
+        self.manifest = load_manifest(config.data_dir)
+        self.sizes = {name: self.manifest.sources[name].tokens("train") for name in config.data.source_names}
+        self.phases = plan_phases(config.curriculum)
+        check_enough_tokens(config, self.phases, self.sizes)
+        self.phase: Phase = self.phases[number - 1]
+        self.device = resolve_device(config.parallel)
+        self.store = checkpoint_store(config)
+        model = build_model(config.model, self.manifest.vocab_size, config.precision, config.parallel, config.run.seed)
+        self.backend: Backend = make_backend(model, config, self.device)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        micro_batch_size, accumulation = batch_layout(
+            self.phase, parallel_state.get_data_parallel_world_size(), config.parallel.micro_batch_tokens
+        )
+        self.layout = BatchLayout(micro_batch_size, accumulation, parallel_state.get_data_parallel_world_size())
+        self.ledger = self._resume()
+        self.windows = self._windows()
+
+    def run(self, stop: StopRequest) -> bool:
+        """Train to the end of the phase and validate; True if the phase is complete, False if stopped on request."""
+        first_step = self.ledger.phase_tokens // self.phase.tokens_per_step
+        if first_step < self.phase.steps:
+            module = self._train(first_step, stop)
+            if module.steps_done < self.phase.steps:
+                logger.info("stopped by %s at %s tokens, saved", stop.reason, f"{module.tokens_total:,}")
+                return False
+        self._validate()
+        return True
+
+    def _resume(self) -> Ledger:
+        expected = expected_run(self.config, self.manifest, self.phases)
+        checkpoint = self.store.newest_good()
+        if checkpoint is None:
+            ledger = Ledger.fresh(expected)
+        else:
+            ledger = checkpoint.read_ledger().require_matches(
+                expected, self.config.checkpoint.allow_mismatch, where=checkpoint.path
+            )
+            self._load(checkpoint)
+        number = self.phase.number
+        if ledger.phase == number:
+            return ledger.with_layout(self.layout.micro_batch_size, self.world_size)
+        if ledger.phase != number - 1 or (ledger.current is not None and not ledger.current.finished):
+            raise UserError(
+                f"phases={number}",
+                f"the run stands in phase {ledger.phase} after {ledger.tokens_total:,} tokens",
+                f"the end of phase {number - 1}",
+                f"Run `python launcher.py stage=train` without phases=, or with phases={max(1, ledger.phase)}-{number}.",
+            )
+        return ledger.start_phase(phase_plan(self.phase), self.layout.micro_batch_size, self.world_size)
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        ShardReader(checkpoint.path).load_into(self._state())
+        self.backend.after_load()
+        logger.info("loaded %s (%s tokens)", checkpoint.path, f"{checkpoint.tokens:,}")
+
+    def _state(self) -> dict[str, Any]:
+        return self.backend.sharded_state()
+
+    def _windows(self) -> PhaseWindows:
+        names = self.config.data.source_names
+        shards = {
+            name: [IndexedTokens(prefix) for prefix in self.manifest.prefixes(self.config.data_dir, name, "train")]
+            for name in names
+        }
+        current = self.ledger.current.tokens_per_source
+        before = [self.ledger.tokens_per_source.get(name, 0) - current.get(name, 0) for name in names]
+        self.shares = normalized_shares(names, self.phase.blend, self.sizes)
+        return PhaseWindows(open_streams(shards, self.config.data.seed), self.shares, before, self.phase.seq_len)
+
+    def _train(self, first_step: int, stop: StopRequest) -> PhaseModule:
+        config, phase = self.config, self.phase
+        module = PhaseModule(
+            self.backend,
+            phase,
+            self.windows,
+            config.data.source_names,
+            self.ledger,
+            config.optim,
+            total_tokens(self.phases),
+            StepMeter(self._bytes_per_token(), self._flops_per_token()),
+        )
+        batches = PhaseBatches(
+            self.windows, self.layout, parallel_state.get_data_parallel_rank(), first_step, phase.steps
+        )
+        logger.info(
+            "phase %d: seq_len %d, %d steps of %s tokens = %d ranks x %d x micro-batch %d, from step %d",
+            phase.number,
+            phase.seq_len,
+            phase.steps,
+            f"{phase.tokens_per_step:,}",
+            self.layout.data_parallel,
+            self.layout.accumulation,
+            self.layout.micro_batch_size,
+            first_step,
+        )
+        trainer = pl.Trainer(
+            accelerator="gpu" if self.device == "cuda" else "cpu",
+            strategy=SingleDeviceStrategy(device=self._torch_device()),
+            max_epochs=1,
+            logger=self._loggers(),
+            callbacks=[
+                Recorder(config.logging.every_steps, self.world_size),
+                Saver(self._save, config.checkpoint.every_tokens, stop),
+            ],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            num_sanity_val_steps=0,
+            limit_val_batches=0,
+        )
+        trainer.fit(module, DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda"))
+        return module
+
+    def _torch_device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")
+
+    def _loggers(self) -> list[Any]:
+        if self.rank != 0:
+            return []
+        sinks: list[Any] = [JsonlLogger(self.config.run.dir, self.ledger.tokens_total)]
+        if self.config.logging.tensorboard:
+            sinks.append(TensorBoardLogger(self.config.run.dir, name="tensorboard", version=""))
+        return sinks
+
+    def _save(self, module: PhaseModule, finished: bool) -> None:
+        """Commit a checkpoint: every rank writes its shards, the first one the ledger and the manifest."""
+        ledger = module.ledger()
+        places: list[Path | None] = [self.store.begin(ledger.tokens_total) if self.rank == 0 else None]
+        dist.broadcast_object_list(places, src=0)
+        save_shards(self._state(), places[0], self.rank)
+        dist.barrier()
+        if self.rank == 0:
+            (places[0] / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+            committed = self.store.commit(places[0], ledger, phase_end=finished)
+            logger.info("saved %s", committed.path)
+        dist.barrier()
+
+    def _bytes_per_token(self) -> float:
+        ratios = [
+            self.manifest.sources[name].text_bytes("train") / max(1, self.sizes[name])
+            for name in self.config.data.source_names
+        ]
+        return float(sum(share * ratio for share, ratio in zip(self.shares, ratios, strict=True)))
+
+    def _flops_per_token(self) -> float:
+        return training_flops_per_token(self.config.model, self.manifest.vocab_size, self.phase.seq_len)
+
+    def _validate(self) -> None:
+        path = phase_result_path(self.config.run.dir, self.phase.number)
+        checkpoint = self.store.newest_good(phase_end_of=self.phase.number)
+        assert checkpoint is not None, "the phase's end was just committed"
+        result = validate_model(self.config, self.manifest, self.backend.model, checkpoint, self.device)
+        if self.rank == 0:
+            write_json_atomic(path, result)
+            self.store.mark_best(checkpoint, "mean_bits_per_byte", result["mean_bits_per_byte"])
+            logger.info("validation after phase %d:\n%s", self.phase.number, table(result))
+        dist.barrier()

@@ -6,19 +6,18 @@ change between save and load. Nothing is pickled (Megatron's torch_dist format k
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.model.sharding import block_shape, sharded_tensors
 
 HEADER_KEY = "pieces"
 
@@ -34,15 +33,6 @@ class Piece:
     global_shape: tuple[int, ...]
 
 
-def sharded_tensors(state: Any) -> Iterator[ShardedTensor]:
-    """All `ShardedTensor`s in a nested sharded state dict; factories (the two halves of SwiGLU) are taken apart first."""
-    for value in nested_values(state):
-        if isinstance(value, ShardedTensor):
-            yield value
-        elif isinstance(value, ShardedTensorFactory):
-            yield from sharded_tensors(value.build())
-
-
 def save_shards(state: Any, folder: Path, rank: int) -> None:
     """Write the pieces that this rank owns (its main replicas) to `folder/rank_<rank>.safetensors`."""
     tensors: dict[str, Tensor] = {}
@@ -53,7 +43,7 @@ def save_shards(state: Any, folder: Path, rank: int) -> None:
         name = f"{shard.key}@{','.join(map(str, shard.global_offset))}"
         assert name not in tensors, f"two pieces are called {name}"
         tensors[name] = (
-            shard.data.detach().reshape(_block_shape(shard)).cpu().clone(memory_format=torch.contiguous_format)
+            shard.data.detach().reshape(block_shape(shard)).cpu().clone(memory_format=torch.contiguous_format)
         )
         header[name] = {"offset": list(shard.global_offset), "global_shape": list(shard.global_shape)}
     save_file(tensors, folder / f"rank_{rank:05d}.safetensors", metadata={HEADER_KEY: json.dumps(header)})
@@ -108,7 +98,7 @@ class ShardReader:
             self._fill(shard, pieces)
 
     def _fill(self, shard: ShardedTensor, pieces: list[Piece]) -> None:
-        target = shard.data.detach().view(_block_shape(shard))
+        target = shard.data.detach().view(block_shape(shard))
         covered = 0
         for piece in pieces:
             ours, theirs, count = [], [], 1
@@ -130,8 +120,3 @@ class ShardReader:
                 "all of them",
                 "A rank's file is missing.",
             )
-
-
-def _block_shape(shard: ShardedTensor) -> tuple[int, ...]:
-    """Local shape with the axes that Megatron prepends (the layer number) as size 1."""
-    return (1,) * shard.prepend_axis_num + tuple(shard.local_shape)

@@ -79,8 +79,6 @@ class DataConfig(Section):
     """Seed of the document order."""
     max_epochs: float = Field(default=1.0, gt=0)
     """How often a source may be read through; a curriculum that needs more is refused before training."""
-    document_mask: bool = False
-    """Restrict attention to the document and restart positions in it; False: documents flow on with EOS between them."""
 
     @model_validator(mode="after")
     def _has_sources(self) -> "DataConfig":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import hydra
+import yaml
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -54,7 +55,7 @@ def load_run_config(path: Path) -> RunConfig:
         )
     try:
         loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, ValueError, OSError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise UserError(path, f"cannot be read ({_first_line(error)})", "YAML") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(path, "is not a mapping", "the config.yaml of a run")

@@ -5,6 +5,7 @@ from torch import nn
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.model.gpt import YxanulGPT, transformer_config
+from yxanul_nemo.model.init import initialize
 from yxanul_nemo.runtime import check_precision, init_process_groups, resolve_device, resolve_layer_spec
 
 
@@ -22,6 +23,7 @@ def build_model(
     init_process_groups(parallel, device, seed)
     config = transformer_config(model, precision, parallel, layer_spec, on_gpu=device == "cuda")
     built = YxanulGPT(model, config, vocab_size, layer_spec)
+    initialize(built, model, seed)
     return built.to(device)
 
 

@@ -24,8 +24,6 @@ class TiedProjection(MegatronModule):
         self.weight = torch.nn.Parameter(
             torch.empty(config.hidden_size, rank, device=device, dtype=config.params_dtype)
         )
-        if config.perform_initialization:
-            config.init_method(self.weight.data)
         # Megatron sums this gradient over tensor-parallel ranks under sequence parallelism, and keeps Muon away from it.
         self.weight.sequence_parallel = config.sequence_parallel
         self.weight.is_embedding_or_output_parameter = True

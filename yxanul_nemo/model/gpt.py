@@ -1,7 +1,5 @@
 """Megatron-core's GPTModel with the factorized tied embedding and a head that never holds [tokens, vocabulary] for the loss."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
@@ -113,10 +111,9 @@ def transformer_config(
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        init_method_std=model.init_std,
-        output_layer_init_method=scaled_normal(model),
-        # Weights are drawn on the CPU everywhere, so that they don't depend on the device or the tensor-parallel size.
-        use_cpu_initialization=True,
+        # `model.init` draws the weights, so that they don't depend on device, layer spec or layout.
+        perform_initialization=False,
+        use_cpu_initialization=not on_gpu,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -127,13 +124,7 @@ def transformer_config(
         apply_rope_fusion=with_te,
         masked_softmax_fusion=with_te,
         persist_layer_norm=with_te,
-        use_transformer_engine_op_fuser=with_te and on_gpu,
+        use_transformer_engine_op_fuser=with_te,
         gradient_accumulation_fusion=False,
         **fp8,
     )
-
-
-def scaled_normal(model: ModelConfig):
-    """Initializer of the two projections into the residual stream: N(0, std / sqrt(2 layers)), as in GPT-2."""
-    std = model.init_std / math.sqrt(2 * model.num_layers)
-    return lambda tensor: torch.nn.init.normal_(tensor, mean=0.0, std=std)

@@ -11,7 +11,7 @@ def warmup_tokens(optim: OptimConfig, total_tokens: int) -> float:
 
 
 def learning_rate(optim: OptimConfig, tokens: int, total_tokens: int, lr_scale: float = 1.0) -> float:
-    """Learning rate of the step that begins after `tokens` consumed tokens of a run of `total_tokens`.
+    """Learning rate of the step with which `tokens` of the run's `total_tokens` are consumed.
 
     Linear warm-up from 0, then the decay named in `optim.decay` down to `min_lr_ratio` of the peak at the end of the run,
     all multiplied by the phase's `lr_scale`.

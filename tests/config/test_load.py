@@ -1,0 +1,107 @@
+"""Composing, checking and the words of errors."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from yxanul_nemo.config.load import CONF_DIR, REPO_DIR, compose, keys_of, load_run_config, parse, to_yaml
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
+
+RECIPES = sorted(path.stem for path in (REPO_DIR / "recipes").glob("*.yaml"))
+GROUPS = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "recipe")
+NEEDED = ["data.sources.text.path=/somewhere"]
+
+
+def needed(overrides: list[str]) -> list[str]:
+    """What a recipe leaves to the user: where the parquet is."""
+    composed = compose(overrides)
+    return NEEDED if "text" in (composed.data.get("sources") or {}) else []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_valid_and_named_after_its_file(recipe: str) -> None:
+    overrides = [f"recipe={recipe}"]
+    config = parse(compose(overrides + needed(overrides)))
+    assert config.run.name == recipe
+    assert config.run.dir == Path("runs") / recipe
+    assert config.run.description
+
+
+@pytest.mark.parametrize("group", ["model", "curriculum", "precision", "optim", "parallel", "tokenizer"])
+def test_every_option_of_a_group_composes(group: str) -> None:
+    for option in sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")):
+        overrides = [f"{group}={option}"]
+        if group == "curriculum":
+            overrides += ["model.max_position_embeddings=4096", "parallel.micro_batch_tokens=32768"]
+            overrides += [f"+data.sources.{name}.path=/somewhere" for name in ("text", "math", "code")]
+            overrides += ["data.demo_corpus=false", "validation=multi_domain"]
+        if option == "sentencepiece" or option == "huggingface":
+            overrides += ["tokenizer.path=/somewhere"]
+        parse(compose(overrides))
+
+
+def test_every_key_of_the_schema_stands_in_conf() -> None:
+    """Hydra refuses overrides of keys that are absent from conf/, so each key must stand in some file of its group."""
+    top = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
+    shown = {*top, *(f"run.{key}" for key in top["run"])}
+    for group in GROUPS:
+        for path in (CONF_DIR / group).glob("*.yaml"):
+            shown |= {group, *(f"{group}.{key}" for key in yaml.safe_load(path.read_text(encoding="utf-8")))}
+    nested_in_lists_or_maps = ("curriculum.phases.", "data.sources.", "validation.domains.")
+    missing = [key for key in keys_of(RunConfig) if key not in shown and not key.startswith(nested_in_lists_or_maps)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_file_of_conf_says_what_it_is_for(group: str) -> None:
+    for path in sorted((CONF_DIR / group).glob("*.yaml")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert lines[0].startswith("# "), f"{path} does not begin with what it is for"
+        assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "hint"),
+    [
+        ("optim.lrr=3", "optim.lrr", "Did you mean 'optim.lr'?"),
+        ("optin.lr=3", "optin.lr", "Did you mean 'optim.lr'?"),
+        ("optim.lr=abc", "optim.lr", "number"),
+        ("optim.lr=-1", "optim.lr", "greater than 0"),
+        ("recipe=demoo", "recipe", "Did you mean 'demo'?"),
+        ("model=yxanul_197n", "model", "Did you mean 'yxanul_197m'?"),
+        ("+optim.foo=1", "optim.foo", "no such key"),
+        ("model.kv_groups=3", "model", "not a multiple of kv_groups=3"),
+        ("curriculum.phases.0.seq_len=24", "curriculum.phases.0", "not a multiple of seq_len=24"),
+        ("curriculum.phases.0.seq_len=128", "curriculum", "lengths must not fall"),
+        ("model.max_position_embeddings=100", "phase 3", "over model.max_position_embeddings=100"),
+        ("parallel.tensor_parallel=4", "tensor_parallel=4", "cannot be split"),
+        ("validation.stride=300", "validation", "stride=300 is over eval_len"),
+        ("~optim.lr", "optim.lr", "is not set"),
+        ("foo", "command line", "key=value"),
+    ],
+)
+def test_mistakes_are_named_with_a_way_out(override: str, where: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(compose([override]))
+    assert where in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_numbers_may_be_written_as_text() -> None:
+    """PyYAML reads 6e-4 as a string; the schema makes it a number all the same."""
+    assert parse(compose(["optim.lr='6e-4'"])).optim.lr == 6e-4
+
+
+def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
+    config = parse(compose())
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert load_run_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("content", [b"", b"[1, 2]", b"a: [", b"\xff\xfe", b"run: 3"])
+def test_a_damaged_configuration_is_a_user_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(UserError):
+        load_run_config(tmp_path / "config.yaml")

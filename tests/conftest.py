@@ -1,0 +1,50 @@
+"""Shared fixtures: configurations, and one small prepared corpus per test session."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from yxanul_nemo.config.load import compose, parse
+from yxanul_nemo.config.run import RunConfig
+
+SMALL = (
+    "data.demo_bytes=300000",
+    "tokenizer.vocab_size=700",
+    "tokenizer.transition=600",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.ffn_hidden_size=64",
+    "model.head_dim=8",
+    "model.embedding_rank=16",
+    "model.max_position_embeddings=128",
+    "validation.eval_len=64",
+    "curriculum.phases.0.tokens=4096",
+    "curriculum.phases.0.tokens_per_step=512",
+    "curriculum.phases.1.tokens=6144",
+    "curriculum.phases.1.tokens_per_step=1024",
+    "curriculum.phases.2.tokens=8192",
+    "curriculum.phases.2.tokens_per_step=1024",
+    "curriculum.phases.2.seq_len=128",
+    "checkpoint.every_tokens=2048",
+    "logging.every_steps=2",
+    "logging.tensorboard=false",
+    "parallel.cpu_threads=1",
+)
+"""Overrides that make the demo recipe a matter of seconds."""
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., RunConfig]:
+    """Compose the small demo with further overrides."""
+    return lambda *overrides: parse(compose([*SMALL, *overrides]))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, make_config: Callable[..., RunConfig]) -> Path:
+    """A run folder with `data/` and `tokenizer/`, made by the data stage itself."""
+    from data_prep.prepare import run_data_stage
+
+    folder = tmp_path_factory.mktemp("prepared")
+    run_data_stage(make_config(f"run.dir={folder}"))
+    return folder

@@ -1,0 +1,44 @@
+"""A few training steps of a small model in a given layout, from a fresh start or from another layout's shards."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
+from yxanul_nemo.config.model import ModelConfig
+from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
+from yxanul_nemo.model.build import build_model
+from yxanul_nemo.training.cpu_backend import CpuBackend
+
+SHAPE = ModelConfig(
+    name="t", num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, kv_groups=2, head_dim=16,
+    embedding_rank=16, max_position_embeddings=64,
+)  # fmt: skip
+VOCAB, WINDOWS, SEQ_LEN, STEPS = 301, 8, 16, 3
+GRAD_CLIP = 0.05
+"""Low enough that every step is clipped, so that the norm over ranks matters."""
+
+
+def train(tensor_parallel: int, load_from: Path | None, save_to: Path | None) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step; resumed runs begin at step STEPS."""
+    parallel = ParallelConfig(device="cpu", layer_spec="torch", tensor_parallel=tensor_parallel)
+    model = build_model(SHAPE, VOCAB, PrecisionConfig(name="fp32"), parallel, seed=5)
+    backend = CpuBackend(model, OptimConfig(lr=1e-2))
+    rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
+    if load_from is not None:
+        ShardReader(load_from).load_into(backend.sharded_state())
+        backend.after_load()
+    record = []
+    first = STEPS if load_from is not None else 0
+    for step in range(first, first + STEPS):
+        x = torch.randint(0, VOCAB, (WINDOWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))
+        mine = x.view(2, ranks, WINDOWS // 2 // ranks, SEQ_LEN + 1)[:, rank]
+        result = backend.train_step(mine[..., :-1].contiguous(), mine[..., 1:].contiguous(), lr=1e-2, grad_clip=GRAD_CLIP)
+        record.append((float(result.loss), float(result.grad_norm)))
+    if save_to is not None:
+        save_to.mkdir(exist_ok=True)
+        dist.barrier()
+        save_shards(backend.sharded_state(), save_to, dist.get_rank())
+    return record

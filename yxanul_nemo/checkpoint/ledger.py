@@ -1,0 +1,359 @@
+"""The token ledger: what a run has consumed, in tokens, in all, by phase and by source. It travels in every checkpoint.
+
+Every sum in it is kept twice and compared whenever a ledger is made or read, so that a position in the data is never
+guessed from steps or samples. A ledger is immutable; `start_phase`, `consume` and the others return a new one.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from yxanul_nemo.errors import UserError, nearest
+from yxanul_nemo.files import write_text_atomic
+
+MAX_LEDGER_BYTES = 16 << 20
+
+Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+FINGERPRINTS = ("corpus", "tokenizer", "model", "config")
+"""What a resume compares beside the curriculum; the names that `checkpoint.allow_mismatch` knows for them."""
+FLEXIBLE = ("planned_tokens", "lr_scale", "grad_clip", "blend")
+"""Fields that may change in a phase under way if `checkpoint.allow_mismatch` names them, as `phase_2.lr_scale`."""
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class PhasePlan(_Frozen):
+    """What the curriculum says about one phase, as it is trained: after scaling and rounding to whole steps."""
+
+    seq_len: int = Field(ge=1)
+    """Length of the windows, in tokens."""
+    tokens_per_step: int = Field(ge=1)
+    """Tokens in one optimizer step over all ranks."""
+    planned_tokens: int = Field(ge=1)
+    """Tokens of the whole phase, a multiple of `tokens_per_step`."""
+    lr_scale: Positive
+    """Factor on the learning-rate schedule."""
+    grad_clip: Positive
+    """Largest norm of the gradient."""
+    blend: dict[str, Share] | None = None
+    """Share of each source; None: in proportion to their sizes."""
+
+    @model_validator(mode="after")
+    def _whole_steps(self) -> Self:
+        if self.tokens_per_step % self.seq_len:
+            raise ValueError(f"tokens_per_step={self.tokens_per_step} is not a multiple of seq_len={self.seq_len}")
+        if self.planned_tokens % self.tokens_per_step:
+            raise ValueError(
+                f"planned_tokens={self.planned_tokens} is not a multiple of tokens_per_step={self.tokens_per_step}"
+            )
+        return self
+
+
+class PhaseRecord(PhasePlan):
+    """One phase that was begun: its plan and what came of it."""
+
+    index: int = Field(ge=1)
+    """Number of the phase, counted from 1."""
+    consumed_tokens: Count = 0
+    """Tokens trained on in this phase."""
+    tokens_per_source: dict[str, Count] = Field(default_factory=dict)
+    """The same by source."""
+    micro_batch_size: int = Field(ge=1)
+    """Windows per micro-batch and rank, as last trained."""
+    world_size: int = Field(ge=1)
+    """Processes, as last trained."""
+
+    @model_validator(mode="after")
+    def _sums(self) -> Self:
+        consumed, of_sources = self.consumed_tokens, sum(self.tokens_per_source.values())
+        if of_sources != consumed:
+            raise ValueError(f"phase {self.index}: sources add up to {of_sources}, not {consumed} tokens")
+        if consumed % self.tokens_per_step:
+            raise ValueError(f"phase {self.index}: {consumed} tokens are no whole steps of {self.tokens_per_step}")
+        if consumed > self.planned_tokens:
+            raise ValueError(f"phase {self.index}: {consumed} of only {self.planned_tokens} tokens consumed")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps taken in this phase, skipped ones included."""
+        return self.consumed_tokens // self.tokens_per_step
+
+    @property
+    def finished(self) -> bool:
+        """Whether all planned tokens are consumed."""
+        return self.consumed_tokens == self.planned_tokens
+
+
+class Expected(_Frozen):
+    """What the run that wants to resume is configured to be; compared with the ledger of a checkpoint."""
+
+    corpus_fingerprint: str
+    tokenizer_fingerprint: str
+    model_fingerprint: str
+    config_fingerprint: str
+    """Of those settings outside the curriculum that decide the training, such as the optimizer's; not of logging."""
+    phases: tuple[PhasePlan, ...]
+    """The whole curriculum."""
+
+
+class Ledger(_Frozen):
+    """Position and history of a run.
+
+    Raises:
+        pydantic.ValidationError: (a ValueError) sums, numbers of phases or types do not fit together.
+    """
+
+    format: Literal["yxanul-ledger"] = "yxanul-ledger"
+    format_version: Literal[1] = 1
+    tokens_total: Count = 0
+    """Tokens consumed by the run."""
+    phase: Count = 0
+    """Number of the phase being trained, counted from 1; 0 before the first."""
+    phase_tokens: Count = 0
+    """Tokens consumed in that phase."""
+    steps_total: Count = 0
+    """Optimizer steps of the run, skipped ones included."""
+    skipped_steps: Count = 0
+    """Steps whose update was not applied; their tokens count as consumed."""
+    tokens_per_source: dict[str, Count] = Field(default_factory=dict)
+    """`tokens_total` by source."""
+    phases: tuple[PhaseRecord, ...] = ()
+    """One record for each phase begun; the last one is being trained or has just ended."""
+    corpus_fingerprint: str
+    tokenizer_fingerprint: str
+    model_fingerprint: str
+    config_fingerprint: str
+    notes: tuple[str, ...] = ()
+    """What was overridden in this run's life, in words."""
+
+    @model_validator(mode="after")
+    def _sums(self) -> Self:
+        numbers = [record.index for record in self.phases]
+        if numbers != list(range(1, len(numbers) + 1)):
+            raise ValueError(f"phases are numbered {numbers}, not 1 to {len(numbers)}")
+        if self.phase != len(self.phases):
+            raise ValueError(f"phase is {self.phase}, but {len(self.phases)} phases were begun")
+        for record in self.phases[:-1]:
+            if not record.finished:
+                raise ValueError(f"phase {record.index + 1} was begun before phase {record.index} was finished")
+        in_phase = self.phases[-1].consumed_tokens if self.phases else 0
+        if self.phase_tokens != in_phase:
+            raise ValueError(f"phase_tokens is {self.phase_tokens}, but phase {self.phase} consumed {in_phase}")
+        tokens = sum(record.consumed_tokens for record in self.phases)
+        if self.tokens_total != tokens:
+            raise ValueError(f"tokens_total is {self.tokens_total}, but the phases add up to {tokens}")
+        steps = sum(record.steps for record in self.phases)
+        if self.steps_total != steps:
+            raise ValueError(f"steps_total is {self.steps_total}, but the phases add up to {steps}")
+        if self.skipped_steps > self.steps_total:
+            raise ValueError(f"skipped_steps is {self.skipped_steps} of only {self.steps_total} steps")
+        per_source: dict[str, int] = {}
+        for record in self.phases:
+            per_source = _added(per_source, record.tokens_per_source)
+        if self.tokens_per_source != per_source:
+            raise ValueError(f"tokens_per_source is {self.tokens_per_source}, but the phases add up to {per_source}")
+        return self
+
+    @classmethod
+    def fresh(cls, expected: Expected) -> "Ledger":
+        """The ledger of a run that has consumed nothing."""
+        return cls(**{f"{name}_fingerprint": getattr(expected, f"{name}_fingerprint") for name in FINGERPRINTS})
+
+    @classmethod
+    def read(cls, path: Path) -> "Ledger":
+        """Read a ledger file.
+
+        Raises:
+            UserError: it is missing, no ledger, of another format version, or its sums do not fit.
+        """
+        expected, fix = "a ledger of format version 1", "Use another checkpoint."
+        try:
+            with open(path, "rb") as handle:
+                raw = handle.read(MAX_LEDGER_BYTES + 1)
+        except OSError as error:
+            raise UserError(path, f"cannot be read ({error.strerror})", expected, fix) from None
+        if len(raw) > MAX_LEDGER_BYTES:
+            raise UserError(path, f"is larger than {MAX_LEDGER_BYTES} bytes", expected, fix)
+        try:
+            return cls.model_validate_json(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            message = first["msg"].removeprefix("Value error, ")
+            raise UserError(path, f"{place}: {message}" if place else message, expected, fix) from None
+
+    def to_json(self) -> str:
+        """Indented JSON."""
+        return self.model_dump_json(indent=1) + "\n"
+
+    def write(self, path: Path) -> None:
+        """Write atomically; raises OSError."""
+        write_text_atomic(path, self.to_json())
+
+    @property
+    def current(self) -> PhaseRecord | None:
+        """The record of the phase being trained; None before the first."""
+        return self.phases[-1] if self.phases else None
+
+    def start_phase(self, plan: PhasePlan, micro_batch_size: int, world_size: int) -> "Ledger":
+        """Begin the next phase; the one before must be finished (ValueError)."""
+        record = PhaseRecord(
+            **plan.model_dump(include=set(PhasePlan.model_fields)),
+            index=self.phase + 1,
+            micro_batch_size=micro_batch_size,
+            world_size=world_size,
+        )
+        return _with(self, phases=(*self.phases, record), phase=self.phase + 1, phase_tokens=0)
+
+    def consume(self, tokens: int, tokens_per_source: Mapping[str, int], skipped_steps: int = 0) -> "Ledger":
+        """Account for whole optimizer steps of the current phase.
+
+        Args:
+            tokens: tokens of these steps over all ranks.
+            tokens_per_source: the same by source.
+            skipped_steps: how many of the steps applied no update.
+
+        Raises:
+            ValueError: no phase was begun, the sources do not add up, these are no whole steps, or more than planned.
+        """
+        if self.current is None:
+            raise ValueError("tokens were consumed before a phase was begun")
+        if tokens < 0 or min(tokens_per_source.values(), default=0) < 0:
+            raise ValueError(f"tokens must not be negative: {tokens}, {dict(tokens_per_source)}")
+        record = _with(
+            self.current,
+            consumed_tokens=self.current.consumed_tokens + tokens,
+            tokens_per_source=_added(self.current.tokens_per_source, tokens_per_source),
+        )
+        return _with(
+            self,
+            phases=(*self.phases[:-1], record),
+            phase_tokens=record.consumed_tokens,
+            tokens_total=self.tokens_total + tokens,
+            steps_total=self.steps_total + tokens // record.tokens_per_step,
+            skipped_steps=self.skipped_steps + skipped_steps,
+            tokens_per_source=_added(self.tokens_per_source, tokens_per_source),
+        )
+
+    def with_layout(self, micro_batch_size: int, world_size: int) -> "Ledger":
+        """Record that the current phase goes on with another micro-batch or number of processes; a note is kept."""
+        if self.current is None:
+            raise ValueError("no phase was begun")
+        before = (self.current.micro_batch_size, self.current.world_size)
+        if before == (micro_batch_size, world_size):
+            return self
+        record = _with(self.current, micro_batch_size=micro_batch_size, world_size=world_size)
+        note = (
+            f"phase {self.phase} at {self.tokens_total} tokens: micro_batch_size {before[0]} -> {micro_batch_size}, "
+            f"world_size {before[1]} -> {world_size}"
+        )
+        return _with(self, phases=(*self.phases[:-1], record)).with_note(note)
+
+    def with_note(self, note: str) -> "Ledger":
+        """The same with one more note."""
+        return _with(self, notes=(*self.notes, note))
+
+    def differences(self, expected: Expected) -> list[str]:
+        """What the configured run does not share with this ledger, as sentences that begin with the field's name."""
+        return [f"{name}: {sentence}" for name, sentence in self._differences(expected).items()]
+
+    def require_matches(self, expected: Expected, allow: Sequence[str] = (), where: object = "checkpoint") -> "Ledger":
+        """Refuse to go on with a run that is not the recorded one.
+
+        Phases not begun yet may change freely. Finished phases cannot change at all; a phase under way may change its
+        `FLEXIBLE` fields, and fingerprints may change, if `allow` names them.
+
+        Args:
+            expected: the run as now configured.
+            allow: names as `differences` gives them (`checkpoint.allow_mismatch`).
+            where: how to name the checkpoint in the message.
+
+        Returns:
+            The ledger to go on with: allowed differences are taken over, each with a note.
+
+        Raises:
+            UserError: names every difference that is not allowed.
+        """
+        found = self._differences(expected)
+        allowable = {*FINGERPRINTS, *(f"phase_{self.phase}.{name}" for name in FLEXIBLE if self.phase)}
+        last = max(self.phase, len(expected.phases))
+        known = allowable | {f"phase_{number}.{field}" for number in range(1, last + 1) for field in FLEXIBLE}
+        for name in allow:
+            if name not in known:
+                raise UserError("checkpoint.allow_mismatch", f"no such field '{name}'", fix=nearest(name, known))
+        firm = [name for name in found if name not in allowable or not self._can_take(name, expected)]
+        refused = [name for name in found if name in firm or name not in allow]
+        if refused:
+            raise self._refusal(where, {name: found[name] for name in refused}, firm)
+        return self._taking(expected, found)
+
+    def _differences(self, expected: Expected) -> dict[str, str]:
+        found = {}
+        for name in FINGERPRINTS:
+            recorded, configured = getattr(self, f"{name}_fingerprint"), getattr(expected, f"{name}_fingerprint")
+            if recorded != configured:
+                found[name] = f"the checkpoint has {recorded[:16]}, the run is configured for {configured[:16]}"
+        for record in self.phases:
+            if record.index > len(expected.phases):
+                found[f"phase_{record.index}"] = (
+                    f"phase {record.index} was begun, but the curriculum now has only {len(expected.phases)} phases"
+                )
+                continue
+            plan = expected.phases[record.index - 1]
+            state = "finished" if record.finished else f"trained for {record.consumed_tokens} tokens"
+            for name in PhasePlan.model_fields:
+                recorded, configured = getattr(record, name), getattr(plan, name)
+                if recorded != configured:
+                    found[f"phase_{record.index}.{name}"] = (
+                        f"phase {record.index} is {state} with {recorded}, the curriculum now says {configured}"
+                    )
+        return found
+
+    def _can_take(self, name: str, expected: Expected) -> bool:
+        if name in FINGERPRINTS:
+            return True
+        assert self.current is not None
+        plan = expected.phases[self.phase - 1]
+        fits = plan.planned_tokens >= self.phase_tokens and plan.planned_tokens % self.current.tokens_per_step == 0
+        return not self.current.finished and (not name.endswith(".planned_tokens") or fits)
+
+    def _refusal(self, where: object, refused: Mapping[str, str], firm: Sequence[str]) -> UserError:
+        fixes = ["Restore these settings, or train in a new run.dir."]
+        if final := [name for name in refused if name in firm]:
+            fixes.append(f"What was trained already cannot change ({', '.join(final)}).")
+        if open_ones := [name for name in refused if name not in firm]:
+            fixes.append(f"To go on all the same: checkpoint.allow_mismatch=[{','.join(open_ones)}].")
+        listed = "; ".join(f"{name}: {sentence}" for name, sentence in refused.items())
+        return UserError(where, f"it is of another run: {listed}", "the run it was saved by", " ".join(fixes))
+
+    def _taking(self, expected: Expected, found: Mapping[str, str]) -> "Ledger":
+        ledger = self
+        changes = {}
+        for name, sentence in found.items():
+            ledger = ledger.with_note(f"allowed at {self.tokens_total} tokens: {name}: {sentence}")
+            if name in FINGERPRINTS:
+                ledger = _with(ledger, **{f"{name}_fingerprint": getattr(expected, f"{name}_fingerprint")})
+            else:
+                field = name.partition(".")[2]
+                changes[field] = getattr(expected.phases[self.phase - 1], field)
+        if changes:
+            assert ledger.current is not None
+            ledger = _with(ledger, phases=(*ledger.phases[:-1], _with(ledger.current, **changes)))
+        return ledger
+
+
+def _with[Model: BaseModel](model: Model, **changes: object) -> Model:
+    """A changed copy that is validated as a new one would be (pydantic's `model_copy` is not)."""
+    return type(model)(**(dict(model) | changes))
+
+
+def _added(left: Mapping[str, int], right: Mapping[str, int]) -> dict[str, int]:
+    return {name: left.get(name, 0) + right.get(name, 0) for name in sorted({*left, *right})}

@@ -1,0 +1,218 @@
+"""Cross entropy of a linear head without its logits: loss and both gradients from z_TR and e_VR, never a whole [T, V].
+
+Shapes: T tokens, R inner dimension (the factorized embedding's rank), V rows of the table that this process holds.
+Two implementations give the same numbers: chunks of tokens in plain torch (any device, any dtype) and flash-style
+Triton kernels (`triton_linear_cross_entropy`, bfloat16 on NVIDIA GPUs). The idea of recomputing logits in tiles is that
+of FlashAttention (Dao et al., 2022, arXiv:2205.14135) and Cut Cross-Entropy (Wijmans et al., 2024, arXiv:2411.09009).
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# A chunk's logits stay below this size, however long the vocabulary is.
+CHUNK_LOGITS_BYTES = 256 * 2**20
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """The rows of the embedding table that this process holds, in Megatron's vocabulary-parallel layout.
+
+    Attributes:
+        first_row: the vocabulary index of the process's row 0.
+        valid_rows: how many of its rows, from row 0 on, belong to the vocabulary; the rest is padding.
+        vocab_size: size of the whole vocabulary, without padding.
+        group: the tensor-parallel group over which the vocabulary is split, or None.
+    """
+
+    first_row: int
+    valid_rows: int
+    vocab_size: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, rows: int, vocab_size: int, group: dist.ProcessGroup | None) -> "VocabShard":
+        """The shard of this process, which holds `rows` rows: those from rank * rows on."""
+        if group is not None and group.size() == 1:
+            group = None
+        ranks = 1 if group is None else group.size()
+        if not 0 < vocab_size <= rows * ranks:
+            raise ValueError(f"vocab_size {vocab_size} is outside 1..{rows * ranks}, the rows of the embedding table")
+        first_row = 0 if group is None else group.rank() * rows
+        return cls(first_row, min(max(vocab_size - first_row, 0), rows), vocab_size, group)
+
+    def counted(self, labels_T: Tensor, ignore_index: int) -> Tensor:
+        """True where a label takes part in the loss: within the vocabulary and not `ignore_index`."""
+        return (labels_T != ignore_index) & (labels_T >= 0) & (labels_T < self.vocab_size)
+
+    def reduce(self, lse_T: Tensor, label_logit_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Whole-vocabulary log-sum-exp and label logit from those of each process (0 where the label is elsewhere)."""
+        if self.group is None:
+            return lse_T, label_logit_T
+        highest_T = lse_T.clone()
+        dist.all_reduce(highest_T, op=dist.ReduceOp.MAX, group=self.group)
+        sums_2T = torch.stack([torch.exp(lse_T - highest_T), label_logit_T])
+        dist.all_reduce(sums_2T, op=dist.ReduceOp.SUM, group=self.group)
+        return highest_T + torch.log(sums_2T[0]), sums_2T[1]
+
+    def loss(self, lse_T: Tensor, label_logit_T: Tensor, labels_T: Tensor, ignore_index: int) -> Tensor:
+        """Loss per token from the reduced parts: 0 where ignored, NaN where the label is not in the vocabulary."""
+        loss_T = torch.where(self.counted(labels_T, ignore_index), (lse_T - label_logit_T).clamp_min(0.0), float("nan"))
+        return torch.where(labels_T == ignore_index, 0.0, loss_T)
+
+
+def linear_cross_entropy(
+    z_TR: Tensor,
+    e_VR: Tensor,
+    labels_T: Tensor,
+    *,
+    vocab_size: int,
+    ignore_index: int = -100,
+    tp_group: dist.ProcessGroup | None = None,
+    impl: Literal["auto", "torch", "triton"] = "auto",
+    deterministic: bool = False,
+) -> Tensor:
+    """Loss of each token, -log softmax(z_TR @ e_VR^T)[label], without ever holding the logits of all tokens.
+
+    Sums are in float32 (float64 for float64 inputs), gradients come back in the inputs' dtypes. Rows of `e_VR` from
+    `vocab_size` on are padding: they get no probability and a gradient of exactly 0. Neither implementation waits for
+    the GPU, so both can be captured in a CUDA graph.
+
+    With `tp_group` every rank holds the same `z_TR` and `labels_T` and its own rows of the padded table (rank k holds
+    rows [k * V, (k + 1) * V)). Log-sum-exp, label logit and the gradient of `z_TR` are summed over the group here, so
+    every rank returns the same loss and the full gradient: do not reduce that gradient over the group again.
+
+    Args:
+        z_TR: head input [T, R], float32, bfloat16, float16 or float64.
+        e_VR: this process's rows of the embedding table [V, R], same dtype and device.
+        labels_T: class of each token [T], integer, an index into the whole vocabulary.
+        vocab_size: classes in the whole vocabulary, without padding.
+        ignore_index: label of tokens whose loss and gradient are 0.
+        tp_group: group over which the table's rows are split, None for one process.
+        impl: "torch", "triton", or "auto": Triton where it supports the inputs, else torch.
+        deterministic: ask for gradients equal to the last bit from run to run, at the cost of speed.
+
+    Returns:
+        loss_T [T], float32 (float64 for float64 inputs). A label outside the vocabulary that is not `ignore_index`
+        makes its loss NaN and its gradient 0: reading labels back to raise an error would stall the GPU.
+
+    Raises:
+        ValueError: shapes, dtypes or `vocab_size` do not fit together, or `impl="triton"` cannot take the inputs.
+    """
+    _check_inputs(z_TR, e_VR, labels_T, impl)
+    shard = VocabShard.of(e_VR.shape[0], vocab_size, tp_group)
+    if impl != "torch" and (z_TR.is_cuda or impl == "triton"):
+        # Triton exists on GPU hosts only, so it is imported where it is used.
+        from yxanul_nemo.kernels.triton_linear_cross_entropy import triton_linear_cross_entropy, why_unsupported
+
+        reason = why_unsupported(z_TR, e_VR)
+        if reason is None:
+            return triton_linear_cross_entropy(z_TR, e_VR, labels_T, shard, ignore_index)
+        if impl == "triton":
+            raise ValueError(f"impl='triton' cannot be used: {reason}; use impl='auto' or 'torch'")
+    return _ChunkedLinearCrossEntropy.apply(z_TR, e_VR, labels_T, shard, ignore_index)
+
+
+def _check_inputs(z_TR: Tensor, e_VR: Tensor, labels_T: Tensor, impl: str) -> None:
+    if impl not in ("auto", "torch", "triton"):
+        raise ValueError(f"impl is {impl!r}, expected 'auto', 'torch' or 'triton'")
+    if z_TR.ndim != 2 or e_VR.ndim != 2 or z_TR.shape[1] != e_VR.shape[1]:
+        raise ValueError(f"z_TR {tuple(z_TR.shape)} and e_VR {tuple(e_VR.shape)} must be [T, R] and [V, R]")
+    if labels_T.shape != z_TR.shape[:1] or labels_T.dtype not in (torch.int64, torch.int32):
+        found = f"{labels_T.dtype} {tuple(labels_T.shape)}"
+        raise ValueError(f"labels_T is {found}, expected int64 or int32 of shape [{z_TR.shape[0]}]")
+    if z_TR.dtype != e_VR.dtype or z_TR.dtype not in DTYPES:
+        raise ValueError(f"z_TR is {z_TR.dtype} and e_VR {e_VR.dtype}: both must have one dtype of {DTYPES}")
+
+
+def _matmul(a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """a @ b, summed and returned in float32 (float64 for float64 inputs), whatever the inputs' dtype."""
+    if a_MK.dtype == torch.bfloat16:
+        return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
+    return torch.mm(a_MK, b_KN)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """bfloat16 stays on GPUs, which multiply it with float32 sums; everything else below float32 is widened."""
+    if x.dtype in (torch.float64, torch.float32) or (x.dtype == torch.bfloat16 and x.is_cuda):
+        return x.dtype
+    return torch.float32
+
+
+class _ChunkedLinearCrossEntropy(torch.autograd.Function):
+    """Forward keeps one number per token (log-sum-exp); backward computes each chunk's logits again."""
+
+    @staticmethod
+    def forward(ctx, z_TR, e_VR, labels_T, shard, ignore_index):
+        with torch.autocast(z_TR.device.type, enabled=False):
+            dtype = _compute_dtype(z_TR)
+            sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+            lse_T = z_TR.new_full(z_TR.shape[:1], float("-inf"), dtype=sum_dtype)
+            label_logit_T = torch.zeros_like(lse_T)
+            if shard.valid_rows:
+                e_RV = e_VR[: shard.valid_rows].to(dtype).t()
+                row_T, here_T = _local_rows(labels_T, shard, ignore_index)
+                for c in _chunks(z_TR.shape[0], shard.valid_rows, sum_dtype):
+                    logits_CV = _matmul(z_TR[c].to(dtype), e_RV)
+                    label_logit_T[c] = logits_CV.gather(1, row_T[c, None]).squeeze(1) * here_T[c]
+                    highest_C = logits_CV.amax(1)
+                    # In place, where torch.logsumexp would need a second chunk of logits.
+                    lse_T[c] = highest_C + logits_CV.sub_(highest_C[:, None]).exp_().sum(1).log_()
+            lse_T, label_logit_T = shard.reduce(lse_T, label_logit_T)
+        ctx.save_for_backward(z_TR, e_VR, labels_T, lse_T)
+        ctx.shard, ctx.ignore_index = shard, ignore_index
+        return shard.loss(lse_T, label_logit_T, labels_T, ignore_index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_T):
+        z_TR, e_VR, labels_T, lse_T = ctx.saved_tensors
+        shard = ctx.shard
+        wants_dz, wants_de = ctx.needs_input_grad[:2]
+        dtype = _compute_dtype(z_TR)
+        dz_TR = torch.zeros_like(z_TR, dtype=lse_T.dtype) if wants_dz else None
+        de_VR = torch.zeros_like(e_VR, dtype=lse_T.dtype) if wants_de else None
+        with torch.autocast(z_TR.device.type, enabled=False):
+            if shard.valid_rows:
+                g_T = torch.where(shard.counted(labels_T, ctx.ignore_index), g_T.to(lse_T.dtype), 0.0)
+                valid_VR = e_VR[: shard.valid_rows].to(dtype)
+                row_T, here_T = _local_rows(labels_T, shard, ctx.ignore_index)
+                for c in _chunks(z_TR.shape[0], shard.valid_rows, lse_T.dtype):
+                    z_CR = z_TR[c].to(dtype)
+                    d_CV = _matmul(z_CR, valid_VR.t()).sub_(lse_T[c, None]).exp_()
+                    # One column per row: no two writes meet, so this is deterministic, unlike index_add_ into de_VR.
+                    at_label_C1 = d_CV.gather(1, row_T[c, None]) - here_T[c, None].to(d_CV.dtype)
+                    d_CV = d_CV.scatter_(1, row_T[c, None], at_label_C1).to(dtype)
+                    # The weight goes to the small operands, which spares one pass over the chunk of logits.
+                    if wants_dz:
+                        dz_TR[c] = _matmul(d_CV, valid_VR) * g_T[c, None]
+                    if wants_de:
+                        de_VR[: shard.valid_rows] += _matmul(d_CV.t(), (z_CR * g_T[c, None]).to(dtype))
+            if wants_dz and shard.group is not None:
+                dist.all_reduce(dz_TR, op=dist.ReduceOp.SUM, group=shard.group)
+        return (
+            dz_TR.to(z_TR.dtype) if wants_dz else None,
+            de_VR.to(e_VR.dtype) if wants_de else None,
+            None,
+            None,
+            None,
+        )
+
+
+def _local_rows(labels_T: Tensor, shard: VocabShard, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Row of each label in this process's table (any valid row where it has none), and whether it is there."""
+    row_T = labels_T.long() - shard.first_row
+    here_T = shard.counted(labels_T, ignore_index) & (row_T >= 0) & (row_T < shard.valid_rows)
+    return row_T.clamp(0, shard.valid_rows - 1), here_T
+
+
+def _chunks(tokens: int, valid_rows: int, dtype: torch.dtype) -> list[slice]:
+    """Slices of tokens whose logits take at most CHUNK_LOGITS_BYTES."""
+    size = max(1, CHUNK_LOGITS_BYTES // (valid_rows * dtype.itemsize))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]

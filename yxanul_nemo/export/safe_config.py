@@ -54,7 +54,7 @@ def check_config(config: Any, allowed_targets: Collection[str] = (), where: obje
     """Refuse a configuration that could make a reader build objects or look anything up.
 
     Args:
-        config: nested dicts, lists and tuples of str, int, float, bool and None.
+        config: nested dicts and lists of str, int, float, bool and None.
         allowed_targets: full names of classes that `target` may hold, as `package.module.Class`.
         where: how to name the configuration in the message.
 
@@ -77,7 +77,7 @@ def check_config(config: Any, allowed_targets: Collection[str] = (), where: obje
             for name, value in node.items():
                 _check_key(where, key, name, value, allowed_targets)
                 stack.append((f"{key}.{name}" if key else name, value, depth + 1))
-        elif isinstance(node, list | tuple):
+        elif isinstance(node, list):
             stack.extend((f"{key}[{index}]", value, depth + 1) for index, value in enumerate(node))
         elif isinstance(node, str):
             if "${" in node:
@@ -106,7 +106,7 @@ def _require_plain(events: Any, path: Path) -> None:
     """Refuse aliases (their expansion may be exponential) and explicit tags before anything is built."""
     depth = 0
     for nodes, event in enumerate(events):
-        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None) is not None:
+        if getattr(event, "anchor", None) is not None:
             _refuse(path, "uses YAML anchors")
         if getattr(event, "tag", None) is not None:
             _refuse(path, f"uses the YAML tag {event.tag[:80]!r}")

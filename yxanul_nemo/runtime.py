@@ -84,6 +84,9 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            # Graph capture needs one stream, not the default one, from the model's construction on.
+            torch.cuda.set_stream(torch.cuda.Stream())
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         timeout = timedelta(minutes=parallel.nccl_timeout_minutes)
@@ -107,5 +110,9 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
     # With the inference tracker Megatron-core's RNG forks are no-ops, as a CPU needs; there is no dropout to seed.
     on_cpu = device == "cpu"
     model_parallel_cuda_manual_seed(
-        seed, te_rng_tracker=not on_cpu and te_version() is not None, inference_rng_tracker=on_cpu, force_reset_rng=True
+        seed,
+        te_rng_tracker=not on_cpu and te_version() is not None,
+        inference_rng_tracker=on_cpu,
+        use_cudagraphable_rng=not on_cpu,
+        force_reset_rng=True,
     )

@@ -42,8 +42,6 @@ class PrecisionConfig(Section):
     """How the history becomes a scale."""
     fp8_attention: bool = False
     """Run the attention core in FP8 too."""
-    bf16_first_tokens: float = Field(default=0, ge=0)
-    """Tokens at the start of the run that are trained in BF16 before FP8 begins."""
 
     @property
     def is_fp8(self) -> bool:
@@ -52,8 +50,8 @@ class PrecisionConfig(Section):
 
     @model_validator(mode="after")
     def _fp8_only(self) -> "PrecisionConfig":
-        if not self.is_fp8 and (self.fp8_attention or self.bf16_first_tokens):
-            raise ValueError(f"fp8_attention and bf16_first_tokens have no meaning with name={self.name}")
+        if not self.is_fp8 and self.fp8_attention:
+            raise ValueError(f"fp8_attention=true has no meaning with name={self.name}")
         return self
 
 
@@ -72,6 +70,10 @@ class ParallelConfig(Section):
     """Largest micro-batch per rank, in tokens; the windows of a step are spread over accumulated micro-batches of at most this size."""
     layer_spec: Literal["auto", "torch", "te"] = "auto"
     """`te`: Megatron-core's Transformer Engine layers (GPU); `torch`: plain torch layers; `auto`: te where it can run."""
+    op_fuser: bool = True
+    """Transformer Engine's fused operations for the feed-forward block."""
+    cuda_graph: bool = True
+    """Replay forward and backward of a micro-batch as one CUDA graph."""
     cpu_threads: int = Field(default=0, ge=0)
     """Threads per process on a CPU; 0: the cores divided by the processes."""
     nccl_timeout_minutes: float = Field(default=10.0, gt=0)

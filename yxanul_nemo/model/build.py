@@ -1,7 +1,5 @@
 """One way to build the model, whatever it is for: training, validation, export."""
 
-from torch import nn
-
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.model.gpt import YxanulGPT, transformer_config
@@ -10,9 +8,17 @@ from yxanul_nemo.runtime import check_precision, init_process_groups, resolve_de
 
 
 def build_model(
-    model: ModelConfig, vocab_size: int, precision: PrecisionConfig, parallel: ParallelConfig, seed: int
+    model: ModelConfig,
+    vocab_size: int,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    seed: int,
+    seq_len: int | None = None,
 ) -> YxanulGPT:
     """A freshly initialized model on the device of `parallel`; the same seed gives the same weights on every device and layout.
+
+    Args:
+        seq_len: length that it will run at, where that is fixed; decides which attention is used on a GPU.
 
     Raises:
         UserError: the machine cannot run this precision, layer spec or layout.
@@ -21,7 +27,7 @@ def build_model(
     check_precision(precision, parallel, device)
     layer_spec = resolve_layer_spec(parallel, device)
     init_process_groups(parallel, device, seed)
-    config = transformer_config(model, precision, parallel, layer_spec, on_gpu=device == "cuda")
+    config = transformer_config(model, precision, parallel, layer_spec, device == "cuda", seq_len)
     built = YxanulGPT(model, config, vocab_size, layer_spec)
     initialize(built, model, seed)
     return built.to(device)
@@ -30,10 +36,3 @@ def build_model(
 def reference_precision() -> tuple[PrecisionConfig, ParallelConfig]:
     """FP32 on a CPU with plain torch layers: what exports and parity checks are computed in."""
     return PrecisionConfig(name="fp32"), ParallelConfig(device="cpu", layer_spec="torch")
-
-
-def unwrap(module: nn.Module) -> YxanulGPT:
-    """The model inside Megatron's data-parallel and mixed-precision wrappers."""
-    while not isinstance(module, YxanulGPT):
-        module = module.module
-    return module

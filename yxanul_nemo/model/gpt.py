@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -82,8 +83,22 @@ class YxanulGPT(GPTModel):
         return loss.view(n_time, n_batch).t()
 
 
+SHORTEST_FUSED_SEQ_LEN = 128
+"""Below it, cuDNN's fused attention fails inside a CUDA graph (illegal memory access; Transformer Engine 2.20, cuDNN 9.14)."""
+
+
+def attention_backend(seq_len: int | None) -> AttnBackend:
+    """Transformer Engine's choice for windows of this length."""
+    return AttnBackend.unfused if seq_len is not None and seq_len < SHORTEST_FUSED_SEQ_LEN else AttnBackend.auto
+
+
 def transformer_config(
-    model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig, layer_spec: str, on_gpu: bool
+    model: ModelConfig,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    layer_spec: str,
+    on_gpu: bool,
+    seq_len: int | None = None,
 ) -> TransformerConfig:
     """Megatron-core's configuration of the blocks. `layer_spec` is `te` or `torch`, already resolved."""
     with_te = layer_spec == "te"
@@ -124,7 +139,8 @@ def transformer_config(
         apply_rope_fusion=with_te,
         masked_softmax_fusion=with_te,
         persist_layer_norm=with_te,
-        use_transformer_engine_op_fuser=with_te,
+        use_transformer_engine_op_fuser=with_te and parallel.op_fuser,
+        attention_backend=attention_backend(seq_len) if with_te else AttnBackend.auto,
         gradient_accumulation_fusion=False,
         **fp8,
     )

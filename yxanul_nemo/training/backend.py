@@ -17,14 +17,17 @@ class StepResult:
     """Mean loss over all tokens of the step and all ranks, nats per token, scalar."""
     grad_norm: Tensor
     """Norm of the gradient before clipping, scalar."""
-    applied: Tensor | bool
-    """False if the update was skipped because loss or norm was not finite."""
+    applied: Tensor
+    """False if the update was skipped because the norm was not finite, scalar."""
 
 
 class Backend(Protocol):
     """One rank's model and optimizer on one kind of device."""
 
     model: YxanulGPT
+
+    def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
+        """Warm up for this shape (a CUDA graph is captured here). Called once, before a checkpoint's state is loaded."""
 
     def train_step(self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float) -> StepResult:
         """One optimizer step over accumulated micro-batches [accumulation, micro_batch_size, seq_len]."""

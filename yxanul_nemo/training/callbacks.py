@@ -46,6 +46,7 @@ class Recorder(pl.Callback):
                 sink.log_metrics(record, step=module.tokens_total)
             if trainer.is_global_zero:
                 logger.info("%s", _line(module, record))
+            module.check_skips()
         self._batch_end = time.perf_counter()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor
 
 from yxanul_nemo.files import write_text_atomic
 from yxanul_nemo.log import logger as log
@@ -25,7 +26,19 @@ class StepMeter:
 
     def __init__(self, bytes_per_token: float, flops_per_token: float):
         self.bytes_per_token, self.flops_per_token = bytes_per_token, flops_per_token
+        self._skipped: Any = 0
+        self._skipped_in_a_row: Any = 0
         self.restart()
+
+    @property
+    def skipped(self) -> int:
+        """Updates skipped since this meter was made."""
+        return int(self._skipped)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Updates skipped up to now without one applied in between."""
+        return int(self._skipped_in_a_row)
 
     def restart(self) -> None:
         """Begin a new interval now."""
@@ -36,25 +49,28 @@ class StepMeter:
         self.applied_sum: Any = 0
         self.grad_norm: Any = 0.0
 
-    def add(self, tokens: int, loss: Any, grad_norm: Any, applied: Any) -> None:
-        """One optimizer step; `loss`, `grad_norm` and `applied` may be tensors on any device."""
+    def add(self, tokens: int, loss: Tensor, grad_norm: Tensor, applied: Tensor) -> None:
+        """One optimizer step; the scalars stay on their device."""
         self.steps += 1
         self.tokens += tokens
-        self.loss_sum = self.loss_sum + loss
-        self.applied_sum = self.applied_sum + applied
+        # A skipped step's loss is not a number; it must not hide those of the steps around it.
+        self.loss_sum = self.loss_sum + loss.where(applied, 0.0)
+        self.applied_sum = self.applied_sum + applied.long()
+        self._skipped = self._skipped + (~applied).long()
+        self._skipped_in_a_row = (self._skipped_in_a_row + 1) * (~applied).long()
         self.grad_norm = grad_norm
 
     def record(self) -> dict[str, float]:
-        """Means over the interval; the gradient norm is that of the last step. Starts the next interval."""
-        loss = float(self.loss_sum) / self.steps
-        skipped = self.steps - int(self.applied_sum)
+        """Means over the interval's applied steps; the gradient norm is that of the last step. Starts the next interval."""
+        applied = int(self.applied_sum)
+        loss = float(self.loss_sum) / applied if applied else math.nan
         grad_norm = float(self.grad_norm)
         seconds = time.perf_counter() - self.began
         values = {
             "loss_nats_per_token": loss,
             "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
             "grad_norm": grad_norm,
-            "skipped_steps": skipped,
+            "skipped_steps": self.steps - applied,
             "tokens_per_second": self.tokens / seconds,
             "model_flops_per_second": self.tokens * self.flops_per_token / seconds,
             "seconds_per_step": seconds / self.steps,
@@ -95,7 +111,8 @@ class JsonlLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append a record."""
         with open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"tokens_total": step, **metrics}) + "\n")
+            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+            handle.write(json.dumps({"tokens_total": step, **finite}) + "\n")
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

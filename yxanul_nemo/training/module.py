@@ -38,8 +38,6 @@ class PhaseModule(pl.LightningModule):
         self.total_tokens, self.meter = total_tokens, meter
         self.start_ledger = ledger
         self.steps_done = ledger.phase_tokens // phase.tokens_per_step
-        self.skipped = 0
-        self.skipped_in_a_row = 0
         self.last_lr = 0.0
 
     @property
@@ -64,7 +62,7 @@ class PhaseModule(pl.LightningModule):
             if now > then
         }
         tokens = (self.steps_done - before) * self.phase.tokens_per_step
-        return self.start_ledger.consume(tokens, per_source, skipped_steps=self.skipped)
+        return self.start_ledger.consume(tokens, per_source, skipped_steps=self.meter.skipped)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """One optimizer step on (ids_ABT, labels_ABT)."""
@@ -74,23 +72,19 @@ class PhaseModule(pl.LightningModule):
         result = self.backend.train_step(ids_ABT, labels_ABT, self.last_lr, self.phase.grad_clip)
         self.meter.add(self.phase.tokens_per_step, result.loss, result.grad_norm, result.applied)
         self.steps_done += 1
-        if result.applied is False:
-            self._count_skip()
-        else:
-            self.skipped_in_a_row = 0
 
     def configure_optimizers(self) -> None:
         """The backend has the optimizer."""
 
-    def _count_skip(self) -> None:
-        self.skipped += 1
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            first = (self.steps_done - self.skipped_in_a_row) * self.phase.windows_per_step
+    def check_skips(self) -> None:
+        """Stop a run whose updates are all skipped; reads the device, so it is called only where that is done anyway."""
+        in_a_row = self.meter.skipped_in_a_row
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            first = (self.steps_done - in_a_row) * self.phase.windows_per_step
             last = self.steps_done * self.phase.windows_per_step - 1
             raise UserError(
                 f"phase {self.phase.number}",
-                f"loss or gradient was not finite in {self.skipped_in_a_row} steps in a row (windows {first}-{last} of the phase)",
+                f"the gradient was not finite in {in_a_row} steps in a row (windows {first}-{last} of the phase)",
                 "training that converges",
                 "Lower optim.lr or the phase's lr_scale, or train in a wider precision; the last checkpoint is from before.",
             )

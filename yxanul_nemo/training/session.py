@@ -59,13 +59,21 @@ class PhaseSession:
         self.phase: Phase = self.phases[number - 1]
         self.device = resolve_device(config.parallel)
         self.store = checkpoint_store(config)
-        model = build_model(config.model, self.manifest.vocab_size, config.precision, config.parallel, config.run.seed)
+        model = build_model(
+            config.model,
+            self.manifest.vocab_size,
+            config.precision,
+            config.parallel,
+            config.run.seed,
+            seq_len=self.phase.seq_len,
+        )
         self.backend: Backend = make_backend(model, config, self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         micro_batch_size, accumulation = batch_layout(
             self.phase, parallel_state.get_data_parallel_world_size(), config.parallel.micro_batch_tokens
         )
         self.layout = BatchLayout(micro_batch_size, accumulation, parallel_state.get_data_parallel_world_size())
+        self.backend.prepare(micro_batch_size, accumulation, self.phase.seq_len)
         self.ledger = self._resume()
         self.windows = self._windows()
 

@@ -1,0 +1,31 @@
+"""Delayed-scaling state of Transformer Engine's FP8 as plain tensors.
+
+Transformer Engine keeps it in pickled `_extra_state`, which it no longer reads by default (2.20), and which a checkpoint of tensors
+has no place for. The live tensors stand in `FP8GlobalStateManager.quantization_state` in the order of first use, which is that
+of the model's layers; they exist after the first forward and backward.
+"""
+
+from collections.abc import Iterator
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import Tensor
+
+
+def scaling_tensors() -> Iterator[tuple[str, Tensor]]:
+    """Name and live tensor of every amax history and scale; nothing under recipes without state."""
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    state = FP8GlobalStateManager.quantization_state
+    for kind, buffers in (("amax_history", state.global_amax_history_buffer), ("scale", state.global_scale_buffer)):
+        for key, tensors in buffers.items():
+            direction = "forward" if key.startswith("forward") else "backward"
+            for i, tensor in enumerate(tensors):
+                yield f"fp8.{direction}.{i}.{kind}", tensor
+
+
+def sharded_fp8_state() -> dict[str, ShardedTensor]:
+    """The state as Megatron-core's sharded tensors; ranks hold equal values, as amax is reduced over them."""
+    replica = min(1, dist.get_rank())
+    return {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica) for name, tensor in scaling_tensors()}
+

@@ -1,0 +1,106 @@
+"""Training on GPUs: Megatron-core's gradient buffers, Transformer Engine layers, and forward and backward in a CUDA graph."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.tensor_parallel.random import get_all_rng_states
+from torch import Tensor
+
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.log import logger
+from yxanul_nemo.model.fp8_state import sharded_fp8_state
+from yxanul_nemo.model.gpt import YxanulGPT
+from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.optimizer import MainParamAdamW
+
+WARMUP_PASSES = 3
+"""Passes before capture: lazily made state (FP8 scales, cuBLAS workspaces, compiled kernels) must exist by then."""
+
+
+class CudaBackend:
+    """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
+
+    def __init__(self, model: YxanulGPT, config: RunConfig):
+        self.model = model
+        self.is_fp8 = config.precision.is_fp8
+        self.use_graph = config.parallel.cuda_graph
+        self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        # Gradients are reduced once per step, after the last micro-batch, so that a graph holds no communication.
+        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
+        self.ddp = DistributedDataParallel(model.config, ddp_config, model)
+        self.optimizer = MainParamAdamW(
+            model, config.optim, parallel_state.get_tensor_model_parallel_group()
+        )
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device="cuda")
+
+    def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
+        """Warm up on random tokens and capture the graph; a failed capture falls back to eager with the reason in the log.
+
+        FP8's delayed scales start from these passes, whose gradients have the size of real ones.
+        """
+        self.model.train()
+        shape = (micro_batch_size, seq_len)
+        self.ids_BT = torch.randint(0, self.model.real_vocab_size, shape, device="cuda")
+        self.labels_BT = torch.randint(0, self.model.real_vocab_size, shape, device="cuda")
+        self.scale = torch.full((), 1.0 / (micro_batch_size * accumulation * seq_len), device="cuda")
+        for _ in range(WARMUP_PASSES):
+            self._forward_backward()
+        torch.cuda.synchronize()
+        if self.use_graph:
+            self._capture()
+        self.ddp.zero_grad_buffer()
+
+    def train_step(self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float) -> StepResult:
+        """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
+        self.ddp.zero_grad_buffer()
+        self.loss_sum.zero_()
+        # Megatron's wrapper averages gradients over data-parallel ranks.
+        self.scale.fill_(1.0 / ids_ABT.numel())
+        for ids_BT, labels_BT in zip(ids_ABT, labels_ABT, strict=True):
+            self.ids_BT.copy_(ids_BT)
+            self.labels_BT.copy_(labels_BT)
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self._forward_backward()
+        self.ddp.start_grad_sync()
+        self.ddp.finish_grad_sync()
+        loss = self.loss_sum / (ids_ABT.numel() * self.data_group.size())
+        if self.data_group.size() > 1:
+            dist.all_reduce(loss, group=self.data_group)
+        norm, applied = self.optimizer.step([param.main_grad for param in self.optimizer.params], lr, grad_clip)
+        return StepResult(loss=loss, grad_norm=norm, applied=applied)
+
+    def sharded_state(self) -> dict[str, Any]:
+        """Weights, optimizer and FP8 scales, as views that a checkpoint's tensors can be copied into."""
+        state = self.optimizer.sharded_state(self.model.sharded_state_dict())
+        return state | (sharded_fp8_state() if self.is_fp8 else {})
+
+    def after_load(self) -> None:
+        """Bring what is derived from the loaded state in line with it."""
+        self.optimizer.after_load()
+
+    def _forward_backward(self) -> None:
+        with self.ddp.no_sync():
+            loss_BT = self.ddp(self.ids_BT, self.labels_BT)
+            (loss_BT.sum() * self.scale).backward()
+        self.loss_sum += loss_BT.detach().sum(dtype=torch.float64)
+
+    def _capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        for state in get_all_rng_states().values():
+            graph.register_generator_state(state)
+        try:
+            # Autograd's accumulation nodes remember the stream they were made on, so everything since the model's
+            # construction runs on one side stream (runtime.init_process_groups), which is also the one captured here.
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                self._forward_backward()
+        except RuntimeError as error:
+            logger.warning("no CUDA graph, training eagerly: %s", str(error).splitlines()[0])
+            torch.cuda.synchronize()
+            return
+        self.graph = graph

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 VOCAB = 4001
 SHAPE = ModelConfig(
     name="t", num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, kv_groups=2, head_dim=64,
-    embedding_rank=128, max_position_embeddings=2048, init_std=0.1,
+    embedding_rank=128, max_position_embeddings=2048,
 )  # fmt: skip
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048)
 
@@ -61,13 +61,12 @@ def test_bf16_logits_and_gradients_follow_fp32(reference: YxanulGPT, seq_len: in
     assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
     loss.backward()
     expected.backward()
-    ours = {name.split(".layer_norm")[0]: p.grad for name, p in model.named_parameters() if p.dim() > 1}
-    checked = 0
-    for name, param in reference.named_parameters():
-        if name in ours:
-            assert relative(ours[name], param.grad) < 5e-2, name
-            checked += 1
-    assert checked >= 2 + 2 * SHAPE.num_layers
+    # Both call a layer's first norm differently: it is part of the projection after it, or of the fused operations.
+    ours = sorted((name, p.grad) for name, p in model.named_parameters() if p.dim() > 1)
+    theirs = sorted((name, p.grad) for name, p in reference.named_parameters() if p.dim() > 1)
+    for (name, grad), (other_name, expected_grad) in zip(ours, theirs, strict=True):
+        assert name == other_name
+        assert relative(grad, expected_grad) < 2e-2, name
 
 
 @pytest.mark.parametrize("precision", ["fp8_hybrid", "fp8_e4m3", "fp8_current"])

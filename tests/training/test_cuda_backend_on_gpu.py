@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 VOCAB = 4001
 SHAPE = (
     "model.num_layers=4", "model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4",
-    "model.kv_groups=2", "model.head_dim=64", "model.embedding_rank=128", "parallel.device=cuda",
+    "model.kv_groups=2", "model.head_dim=64", "model.embedding_rank=128", "model.embedding_init_std=0.1", "parallel.device=cuda",
 )  # fmt: skip
 
 
@@ -73,8 +73,10 @@ def test_fp32_on_the_gpu_trains_as_on_the_cpu() -> None:
 
 
 def test_fp8_ends_within_two_percent_of_bf16_after_200_steps() -> None:
+    """The small factors of the default initialization begin with a plateau that rounding noise shortens; here they are larger."""
     bf16 = losses(backend(config("precision=bf16")), range(200))
     fp8 = losses(backend(config("precision=fp8_hybrid")), range(200))
+    assert sum(bf16[-20:]) / 20 < 1.6, "nothing was learned"
     assert sum(fp8[-20:]) == pytest.approx(sum(bf16[-20:]), rel=2e-2)
 
 

@@ -32,6 +32,9 @@ class ModelConfig(Section):
     """Epsilon of every RMSNorm."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of the initial weights; the two projections into the residual stream get it / sqrt(2 layers)."""
+    embedding_init_std: float = Field(default=0.02, gt=0)
+    """Standard deviation of both embedding factors. The embedding of a token then has about this squared x sqrt(rank): with small
+    values, what layers write into the residual stream drowns it at first, and the loss stays long at that of word frequencies."""
     vocab_pad_multiple: int = Field(default=128, ge=1)
     """The embedding has the tokenizer's vocabulary rounded up to a multiple of this many rows; padding never gets probability."""
 

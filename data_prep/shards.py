@@ -1,0 +1,257 @@
+"""Parquet shards as streams of documents, in bounded memory whatever the size of a shard or of its row groups."""
+
+import glob
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from yxanul_nemo.errors import UserError, nearest
+
+READ_BUFFER_BYTES = 1 << 20
+"""Column chunks are read through a buffer of this size instead of as a whole."""
+BATCH_BYTES = 4 << 20
+"""Text decoded at a time, by the file's own average row size."""
+MAX_BATCH_ROWS = 32
+"""Rows decoded at a time at most: a few megabytes repeated many times take little room in the file, but not once decoded."""
+
+BYTES_OF_TEXT = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
+"""Types whose values can be taken as bytes without a copy or a check."""
+
+
+@dataclass
+class SkippedRows:
+    """Rows that gave no document, by reason."""
+
+    null: int = 0
+    """No value."""
+    empty: int = 0
+    """Text of length 0, or a list without ids."""
+    not_utf8: int = 0
+    """Text whose bytes are not UTF-8."""
+
+    @property
+    def total(self) -> int:
+        return self.null + self.empty + self.not_utf8
+
+
+@dataclass
+class DocumentBatch:
+    """Some consecutive documents of a shard. Of `texts` and `ids`, the one that the shard's column holds is filled."""
+
+    texts: list[str] = field(default_factory=list)
+    """Each document's text."""
+    raw_texts: list[bytes] = field(default_factory=list)
+    """The same in UTF-8, as the file has it."""
+    ids: list[np.ndarray] = field(default_factory=list)
+    """Each document's token ids, int64."""
+    rows: int = 0
+    """Rows of the shard that this batch covers, skipped ones included."""
+    skipped: SkippedRows = field(default_factory=SkippedRows)
+
+
+@dataclass(frozen=True)
+class InputShard:
+    """One parquet file of a source and the name of what is made from it."""
+
+    path: Path
+    name: str
+    """Path below the source's folder."""
+
+    @property
+    def stem(self) -> str:
+        """Name of the outputs: `name` without its ending, folders joined by `--`."""
+        return "--".join(Path(self.name).with_suffix("").parts)
+
+
+def resolve_shards(pattern: str, where: str) -> list[InputShard]:
+    """The parquet files behind a source's `path` (a folder, a glob, in which `**` spans folders, or one file), sorted.
+
+    `where` is the key to name in errors. Names beginning with a dot or an underscore are left out of folders and globs.
+    Raises UserError if there is none, or if two would write to the same output.
+    """
+    try:
+        path = Path(pattern).expanduser()
+    except RuntimeError as error:
+        raise UserError(where, f"{pattern} names a home folder that is not known ({error})", "a path") from None
+    root = path
+    if path.is_dir():
+        files = path.glob("*.parquet")
+    elif path.is_file():
+        return [InputShard(path, path.name)]
+    elif glob.has_magic(pattern):
+        root = _fixed_root(path)
+        try:
+            files = list(root.glob(path.relative_to(root).as_posix()))
+        except (ValueError, NotImplementedError) as error:
+            raise UserError(where, f"{pattern} is not a glob ({error})", "** only as a whole folder name") from None
+    else:
+        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        close = nearest(path.name, names) if names else f"The folder {path.parent} is empty or absent."
+        hint = "" if close.startswith("Valid") else close  # A whole folder's names would be no help.
+        raise UserError(where, f"{pattern} does not exist", "a folder with *.parquet, a glob or a file", hint)
+    shards: dict[str, InputShard] = {}
+    for file in sorted(files):
+        shard = InputShard(file, file.relative_to(root).as_posix())
+        if any(part.startswith((".", "_")) for part in Path(shard.name).parts) or not file.is_file():
+            continue
+        if shard.stem in shards:
+            clash = f"{shards[shard.stem].path} and {file} would both be written as {shard.stem}"
+            raise UserError(where, clash, "distinct names")
+        shards[shard.stem] = shard
+    if not shards:
+        deeper = path.is_dir() and any(path.glob("*/**/*.parquet"))
+        fix = f"Its subfolders have some: use {where}='{pattern}/**/*.parquet'." if deeper else ""
+        raise UserError(where, f"{pattern} has no parquet files", "at least one *.parquet, not named with . or _", fix)
+    return [shards[stem] for stem in sorted(shards)]
+
+
+def _fixed_root(path: Path) -> Path:
+    """Longest leading part of a glob without magic characters."""
+    parts = []
+    for part in path.parts[:-1]:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return Path(*parts)
+
+
+class ShardReader:
+    """Stream the documents of one parquet file.
+
+    Raises UserError that names the file where it is not parquet, lacks the column, has it in another type, or is damaged.
+    """
+
+    def __init__(self, path: Path, text_column: str = "text", ids_column: str | None = None):
+        self.path = path
+        self.column = ids_column or text_column
+        self.holds_ids = ids_column is not None
+        try:
+            self._file = pq.ParquetFile(
+                path, buffer_size=READ_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
+            )
+            schema = self._file.schema_arrow
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from None
+        if self.column not in schema.names:
+            names = ", ".join(str(name) for name in schema.names)
+            raise UserError(path, f"has no column '{self.column}' (it has: {names})", fix=self._column_fix(schema))
+        if schema.names.count(self.column) > 1:
+            raise UserError(path, f"has the column '{self.column}' {schema.names.count(self.column)} times", "once")
+        kind = schema.field(self.column).type
+        if not (_is_list_of_ints(kind) if self.holds_ids else _is_text(kind)):
+            wanted = "list<int>" if self.holds_ids else "string"
+            raise UserError(path, f"column '{self.column}' is of type {kind}", wanted, self._column_fix(schema))
+        self.rows = self._file.metadata.num_rows
+        self.column_bytes = self._uncompressed_bytes()
+
+    def __enter__(self) -> "ShardReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def batches(self) -> Iterator[DocumentBatch]:
+        """All rows in order, a few at a time."""
+        average = max(1, self.column_bytes // max(1, self.rows))
+        batch_rows = max(1, min(MAX_BATCH_ROWS, BATCH_BYTES // average))
+        read = _read_ids if self.holds_ids else _read_texts
+        rows = 0
+        try:
+            for batch in self._file.iter_batches(batch_size=batch_rows, columns=[self.column], use_threads=False):
+                # Column names with dots select nested fields of the same name, too.
+                documents = read(batch.column(batch.schema.get_field_index(self.column)))
+                rows += documents.rows
+                yield documents
+        except (pa.ArrowException, OSError) as error:
+            raise self._unreadable(error) from None
+        if rows != self.rows:
+            raise UserError(
+                self.path, f"holds {rows} rows", f"{self.rows}, as its footer says", "Get a good copy of it."
+            )
+
+    def _uncompressed_bytes(self) -> int:
+        """Size of the column before compression, as the footer has it."""
+        metadata = self._file.metadata
+        total = 0
+        for group in range(metadata.num_row_groups):
+            row_group = metadata.row_group(group)
+            for index in range(row_group.num_columns):
+                chunk = row_group.column(index)
+                if chunk.path_in_schema == self.column or chunk.path_in_schema.startswith(self.column + "."):
+                    total += chunk.total_uncompressed_size
+        return total
+
+    def _column_fix(self, schema: pa.Schema) -> str:
+        key = "ids_column" if self.holds_ids else "text_column"
+        fits = _is_list_of_ints if self.holds_ids else _is_text
+        usable = [str(column.name) for column in schema if fits(column.type)]
+        return f"Set the source's {key} to one of: {', '.join(usable)}." if usable else f"No column can serve as {key}."
+
+    def _unreadable(self, error: Exception) -> UserError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return UserError(
+            self.path, f"cannot be read as parquet ({reason})", "a whole parquet file", "Get a good copy of it."
+        )
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(
+        check(kind)
+        for check in (
+            pa.types.is_string,
+            pa.types.is_large_string,
+            pa.types.is_string_view,
+            pa.types.is_binary,
+            pa.types.is_large_binary,
+            pa.types.is_binary_view,
+        )
+    )
+
+
+def _is_list_of_ints(kind: pa.DataType) -> bool:
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return lists and pa.types.is_integer(kind.value_type)
+
+
+def _read_texts(column: pa.Array) -> DocumentBatch:
+    batch = DocumentBatch(rows=len(column))
+    for value in _as_bytes(column):
+        if value is None:
+            batch.skipped.null += 1
+        elif not value:
+            batch.skipped.empty += 1
+        else:
+            try:
+                batch.texts.append(value.decode())
+            except UnicodeDecodeError:
+                batch.skipped.not_utf8 += 1
+            else:
+                batch.raw_texts.append(value)
+    return batch
+
+
+def _as_bytes(column: pa.Array) -> list[bytes | None]:
+    """Values as they are in the file, before any check of their encoding."""
+    if isinstance(column, pa.DictionaryArray):
+        column = column.dictionary_decode()
+    return column.cast(BYTES_OF_TEXT.get(column.type, column.type)).to_pylist()
+
+
+def _read_ids(column: pa.Array) -> DocumentBatch:
+    batch = DocumentBatch(rows=len(column))
+    for row in column:
+        if not row.is_valid:
+            batch.skipped.null += 1
+        elif not len(row.values):
+            batch.skipped.empty += 1
+        else:
+            if row.values.null_count:
+                raise pa.ArrowInvalid("a list of token ids has a null inside")
+            batch.ids.append(row.values.to_numpy(zero_copy_only=False).astype(np.int64))
+    return batch

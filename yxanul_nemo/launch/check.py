@@ -1,0 +1,113 @@
+"""`stage=check`: what this machine can do, what the recipe would use here, and whether it can run at all."""
+
+import platform
+import shutil
+from collections.abc import Iterator
+
+import torch
+
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.launch.environment import describe_environment
+from yxanul_nemo.log import logger
+from yxanul_nemo.model.build import build_model
+from yxanul_nemo.model.gpt import SHORTEST_FUSED_SEQ_LEN
+from yxanul_nemo.runtime import check_precision, resolve_device, resolve_layer_spec, te_version
+
+PRECISIONS = ("fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8")
+PROBE_VOCAB, PROBE_WINDOWS, PROBE_SEQ_LEN = 1024, 4, 128
+
+
+def check_machine(config: RunConfig) -> bool:
+    """Log what is here and try one layer in each precision; True if the recipe can run."""
+    for line in describe_machine():
+        logger.info("%s", line)
+    try:
+        device = resolve_device(config.parallel)
+        spec = resolve_layer_spec(config.parallel, device)
+        check_precision(config.precision, config.parallel, device)
+    except UserError as error:
+        logger.info("this recipe cannot run here: %s", error)
+        return False
+    logger.info("recipe %s: %s on %s with %s layers", config.run.name, config.precision.name, device, spec)
+    if spec == "te":
+        for line in describe_attention(config):
+            logger.info("%s", line)
+    results = {name: probe_precision(config, name) for name in PRECISIONS}
+    for name, result in results.items():
+        logger.info("precision %-11s %s", name, result)
+    if results[config.precision.name] != "works":
+        logger.info("this recipe cannot run here: precision %s %s", config.precision.name, results[config.precision.name])
+        return False
+    logger.info("this recipe can run here")
+    return True
+
+
+def describe_machine() -> Iterator[str]:
+    """Hardware and libraries, a line each."""
+    environment = describe_environment()
+    memory_gib = environment["memory_bytes"] / 2**30
+    yield f"system      {environment['system']}, Python {platform.python_version()}"
+    yield f"cpu         {environment['cpu']}, {environment['cpu_cores']} cores, {memory_gib:.0f} GiB"
+    disk = shutil.disk_usage(".")
+    yield f"disk        {disk.free / 2**30:.0f} GiB free here"
+    packages = environment["packages"]
+    yield "packages    " + ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+    if not torch.cuda.is_available():
+        yield "gpu         none that torch can use"
+        return
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        yield (
+            f"gpu {i}       {properties.name}, {properties.total_memory / 2**30:.0f} GiB, {properties.multi_processor_count} "
+            f"multiprocessors, compute capability {properties.major}.{properties.minor}"
+        )
+    yield f"driver      {', '.join(sorted({gpu.rpartition(', ')[2] for gpu in environment['gpus']})) or 'unknown'}"
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    yield f"cuda        {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}"
+    yield f"te          {te_version() or 'not installed'}"
+
+
+def describe_attention(config: RunConfig) -> Iterator[str]:
+    """Which attention Transformer Engine takes at each sequence length of the recipe."""
+    from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
+
+    for seq_len in sorted({phase.seq_len for phase in config.curriculum.phases} | {config.validation.eval_len}):
+        if seq_len < SHORTEST_FUSED_SEQ_LEN:
+            yield f"attention   seq_len {seq_len:>5}: unfused (chosen: shorter than {SHORTEST_FUSED_SEQ_LEN})"
+            continue
+        params = AttentionParams(
+            qkv_dtype=torch.bfloat16,
+            qkv_layout="sbhd_sbhd_sbhd",
+            batch_size=max(1, config.parallel.micro_batch_tokens // seq_len),
+            num_heads=config.model.num_attention_heads,
+            num_gqa_groups=config.model.kv_groups,
+            max_seqlen_q=seq_len,
+            max_seqlen_kv=seq_len,
+            head_dim_qk=config.model.head_dim,
+            head_dim_v=config.model.head_dim,
+            attn_mask_type="causal",
+        )
+        flash, _, fused, _, unfused, _ = get_attention_backend(params)
+        chosen = "FlashAttention" if flash else "cuDNN fused" if fused else "unfused" if unfused else "none"
+        warning = "  (slow, and memory grows with the square of the length)" if chosen == "unfused" else ""
+        yield f"attention   seq_len {seq_len:>5}: {chosen}{warning}"
+
+
+def probe_precision(config: RunConfig, name: str) -> str:
+    """`works` after a forward and backward of one layer that gives finite gradients, else the reason why not."""
+    precision = PrecisionConfig(name=name)
+    shape = config.model.model_copy(update={"num_layers": 1})
+    try:
+        model = build_model(shape, PROBE_VOCAB, precision, config.parallel, config.run.seed, seq_len=PROBE_SEQ_LEN)
+    except UserError as error:
+        return f"cannot: {error.problem}"
+    device = resolve_device(config.parallel)
+    ids_BT = torch.randint(0, PROBE_VOCAB, (PROBE_WINDOWS, PROBE_SEQ_LEN), device=device)
+    try:
+        model(ids_BT, ids_BT).mean().backward()
+    except RuntimeError as error:
+        return f"fails: {str(error).splitlines()[0][:200]}"
+    finite = all(bool(torch.isfinite(p.grad).all()) for p in model.parameters())
+    return "works" if finite else "fails: gradients are not finite"

@@ -11,19 +11,11 @@ from yxanul_nemo.errors import UserError
 
 RECIPES = sorted(path.stem for path in (REPO_DIR / "recipes").glob("*.yaml"))
 GROUPS = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "recipe")
-NEEDED = ["data.sources.text.path=/somewhere"]
-
-
-def needed(overrides: list[str]) -> list[str]:
-    """What a recipe leaves to the user: where the parquet is."""
-    composed = compose(overrides)
-    return NEEDED if "text" in (composed.data.get("sources") or {}) else []
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_is_valid_and_named_after_its_file(recipe: str) -> None:
-    overrides = [f"recipe={recipe}"]
-    config = parse(compose(overrides + needed(overrides)))
+    config = parse(compose([f"recipe={recipe}"]))
     assert config.run.name == recipe
     assert config.run.dir == Path("runs") / recipe
     assert config.run.description

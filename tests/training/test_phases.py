@@ -55,6 +55,18 @@ def test_a_layout_holds_exactly_the_promised_tokens(windows: int, ranks: int, se
         assert all(s * seq_len > most for s in larger)
 
 
+def test_fp8_layouts_hold_a_multiple_of_eight_tokens_in_every_micro_batch() -> None:
+    """Windows of 12 tokens: 10 of them are 120 = 15 x 8 tokens, 5 are 60, which is no multiple of 8."""
+    phase = plan_phases(curriculum((240, 12, 240)))[0]
+    assert batch_layout(phase, 1, 130) == (10, 2)
+    assert batch_layout(phase, 1, 60) == (5, 4)
+    assert batch_layout(phase, 1, 60, token_multiple=8) == (4, 5)
+    with pytest.raises(UserError, match=r"phase 1: tokens_per_step.*multiple of 8 tokens"):
+        batch_layout(phase, 1, 20, token_multiple=8)
+    with pytest.raises(UserError, match=r"phase 1: tokens_per_step.*multiple of 96"):
+        batch_layout(phase, 4, 1000, token_multiple=8)
+
+
 def test_blends_decide_what_each_source_gives() -> None:
     config = curriculum((1000, 10, 100), (2000, 10, 100), blend={"a": 3, "b": 1})
     assert tokens_per_source(plan_phases(config), {"a": 10, "b": 10}) == {"a": 2250, "b": 750}

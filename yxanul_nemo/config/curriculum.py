@@ -1,5 +1,7 @@
 """`conf/curriculum`: phases, each a stretch of training at one sequence length, measured in tokens."""
 
+import itertools
+
 from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
@@ -14,9 +16,9 @@ class PhaseConfig(Section):
     """Length of the windows, in tokens."""
     tokens_per_step: int = Field(ge=1)
     """Tokens in one optimizer step, over all GPUs and all accumulated micro-batches."""
-    lr_scale: float = Field(default=1.0, gt=0)
+    lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Factor on the learning-rate schedule during this phase."""
-    grad_clip: float = Field(default=1.0, gt=0)
+    grad_clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Largest norm of the gradient; above it the gradient is scaled down."""
     blend: dict[str, float] | None = None
     """Share of each source in the tokens of this phase; unset: the curriculum's `blend`."""
@@ -40,7 +42,7 @@ class CurriculumConfig(Section):
     """Name for people."""
     phases: list[PhaseConfig] = Field(min_length=1)
     """In training order, sequence lengths never falling."""
-    total_tokens: float | None = Field(default=None, gt=0)
+    total_tokens: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     """Scale all phases to this total, keeping their shares; unset: the phases' own sum."""
     blend: dict[str, float] | None = None
     """Share of each source where a phase sets none; unset: all sources in proportion to their size."""
@@ -48,9 +50,9 @@ class CurriculumConfig(Section):
     @model_validator(mode="after")
     def _lengths_rise(self) -> "CurriculumConfig":
         lengths = [phase.seq_len for phase in self.phases]
-        for index, (before, after) in enumerate(zip(lengths, lengths[1:], strict=False), start=2):
+        for number, (before, after) in enumerate(itertools.pairwise(lengths), start=2):
             if after < before:
                 raise ValueError(
-                    f"phases[{index}].seq_len={after} is below the phase before it ({before}); lengths must not fall"
+                    f"phase {number}: seq_len={after} is below that of the phase before it ({before}); lengths must not fall"
                 )
         return self

@@ -84,3 +84,5 @@ class ExportConfig(Section):
     """Number format of the exported weights."""
     checkpoint: Literal["latest", "best"] = "latest"
     """Which checkpoint of the run is exported."""
+    factorized: bool = False
+    """`hf` keeps the embedding's two small matrices, with the code that reads them in the folder, instead of a standard Llama."""

@@ -1,14 +1,17 @@
 """The whole configuration of a run: the sections of `conf/` and the rules between them."""
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
-from yxanul_nemo.config.curriculum import CurriculumConfig
+from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
+from yxanul_nemo.config.plan import PlanConfig
 from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
 
 
@@ -40,8 +43,9 @@ class RunConfig(Section):
     validation: ValidationConfig
     logging: LoggingConfig
     export: ExportConfig
+    plan: PlanConfig = PlanConfig()
     stage: str | list[str] = "all"
-    """Steps of the pipeline to run: all, or one or several of data, train, validate, export."""
+    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or plan alone."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
 
@@ -63,11 +67,8 @@ class RunConfig(Section):
                     f"curriculum phase {number}: seq_len={phase.seq_len} is over parallel.micro_batch_tokens="
                     f"{self.parallel.micro_batch_tokens}; a micro-batch must hold at least one window"
                 )
-            for name in phase.blend or self.curriculum.blend or {}:
-                if name not in self.data.source_names:
-                    raise ValueError(
-                        f"curriculum phase {number}: blend names source '{name}', data.sources has {', '.join(self.data.source_names)}"
-                    )
+            _check_blend(f"curriculum phase {number}", phase.blend or self.curriculum.blend, self.data.source_names)
+            _check_fp8_tokens(f"curriculum phase {number}", phase, self.precision)
         if self.validation.eval_len > limit:
             raise ValueError(
                 f"validation.eval_len={self.validation.eval_len} is over model.max_position_embeddings={limit}"
@@ -86,4 +87,46 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.kv_groups={self.model.kv_groups} is not a multiple of parallel.tensor_parallel={self.parallel.tensor_parallel}"
             )
+        _check_fp8_widths(self.model, self.precision, self.parallel)
         return self
+
+
+def _check_blend(where: str, blend: Mapping[str, float] | None, sources: tuple[str, ...]) -> None:
+    if not blend:
+        return
+    for name, share in blend.items():
+        if name not in sources:
+            raise ValueError(f"{where}: blend names source '{name}', data.sources has {', '.join(sources)}")
+        if not math.isfinite(share) or share < 0:
+            raise ValueError(f"{where}: blend gives source '{name}' the share {share:g}; shares must be 0 or more")
+    if not sum(blend.values()):
+        raise ValueError(f"{where}: blend gives every source the share 0; the shares must have a sum above 0")
+
+
+def _check_fp8_tokens(where: str, phase: PhaseConfig, precision: PrecisionConfig) -> None:
+    multiple = precision.token_multiple
+    if phase.tokens_per_step % multiple:
+        raise ValueError(
+            f"{where}: tokens_per_step={phase.tokens_per_step} is not a multiple of {multiple}; precision={precision.name} "
+            f"multiplies matrices with a multiple of {multiple} tokens only"
+        )
+
+
+def _check_fp8_widths(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig) -> None:
+    if not precision.is_fp8:
+        return
+    multiple, tensor_parallel = precision.width_multiple, parallel.tensor_parallel
+    split = f" / parallel.tensor_parallel={tensor_parallel}" if tensor_parallel > 1 else ""
+    widths = {
+        f"model.hidden_size={model.hidden_size}": model.hidden_size * tensor_parallel,
+        f"model.ffn_hidden_size={model.ffn_hidden_size}{split}": model.ffn_hidden_size,
+        f"model.num_attention_heads x head_dim={model.num_attention_heads} x {model.head_dim}{split}": (
+            model.num_attention_heads * model.head_dim
+        ),
+        f"model.kv_groups x head_dim={model.kv_groups} x {model.head_dim}{split}": model.kv_groups * model.head_dim,
+    }
+    for name, width in widths.items():
+        if width % (multiple * tensor_parallel):
+            raise ValueError(
+                f"{name} is not a multiple of {multiple}, which precision={precision.name} needs of every matrix in a layer"
+            )

@@ -48,6 +48,17 @@ class PrecisionConfig(Section):
         """Whether Transformer Engine's FP8 autocast is used."""
         return self.name not in ("fp32", "bf16")
 
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a micro-batch must be a multiple of: Transformer Engine 2.20 asks for 8 (`assert_dim_for_fp8_exec`),
+        and for whole blocks of 32 in MXFP8 (`MXFP8Quantizer`)."""
+        return 1 if not self.is_fp8 else 32 if self.name == "mxfp8" else 8
+
+    @property
+    def width_multiple(self) -> int:
+        """What the width of every matrix in a layer must be a multiple of, from the same places: 16, and 32 in MXFP8."""
+        return 1 if not self.is_fp8 else 32 if self.name == "mxfp8" else 16
+
     @model_validator(mode="after")
     def _fp8_only(self) -> "PrecisionConfig":
         if not self.is_fp8 and self.fp8_attention:

@@ -1,10 +1,12 @@
 """From the curriculum's configuration to phases in whole steps, and from a phase to the batch of one machine. No torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.manifest import CorpusManifest
 from yxanul_nemo.config.curriculum import CurriculumConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
@@ -73,6 +75,19 @@ def total_tokens(phases: list[Phase]) -> int:
     return sum(phase.tokens for phase in phases)
 
 
+def source_sizes(config: RunConfig, manifest: CorpusManifest) -> dict[str, int]:
+    """Training tokens of each configured source of a prepared corpus; refuses a corpus that lacks one of them."""
+    for name in config.data.source_names:
+        if name not in manifest.sources:
+            raise UserError(
+                f"data.sources.{name}",
+                f"is not in the prepared corpus {config.data_dir}",
+                f"one of {', '.join(manifest.sources)}",
+                "Run `python launcher.py stage=data` with the same settings, or choose another data.dir.",
+            )
+    return {name: manifest.sources[name].tokens("train") for name in config.data.source_names}
+
+
 def tokens_per_source(phases: list[Phase], sizes: Mapping[str, int]) -> dict[str, float]:
     """Tokens that the curriculum takes from each source of the given sizes."""
     names = list(sizes)
@@ -101,8 +116,12 @@ def check_enough_tokens(config: RunConfig, phases: list[Phase], sizes: Mapping[s
     return epochs
 
 
-def batch_layout(phase: Phase, data_parallel: int, micro_batch_tokens: int) -> tuple[int, int]:
-    """(micro_batch_size, accumulation) per rank: the largest even split of a step into micro-batches of at most `micro_batch_tokens`."""
+def batch_layout(phase: Phase, data_parallel: int, micro_batch_tokens: int, token_multiple: int = 1) -> tuple[int, int]:
+    """(micro_batch_size, accumulation) per rank: the largest even split of a step into micro-batches of at most `micro_batch_tokens`.
+
+    Args:
+        token_multiple: what the tokens of a micro-batch must be a multiple of (`PrecisionConfig.token_multiple`).
+    """
     windows = phase.windows_per_step
     if windows % data_parallel:
         raise UserError(
@@ -112,8 +131,18 @@ def batch_layout(phase: Phase, data_parallel: int, micro_batch_tokens: int) -> t
         )
     per_rank = windows // data_parallel
     most = max(1, micro_batch_tokens // phase.seq_len)
-    accumulation = next(a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most)
-    return per_rank // accumulation, accumulation
+    accumulations = [a for a in range(1, per_rank + 1) if per_rank % a == 0 and per_rank // a <= most]
+    for accumulation in accumulations:
+        size = per_rank // accumulation
+        if size * phase.seq_len % token_multiple == 0:
+            return size, accumulation
+    raise UserError(
+        f"curriculum phase {phase.number}: tokens_per_step",
+        f"{phase.tokens_per_step} cannot be split over {data_parallel} ranks into micro-batches of at most {micro_batch_tokens} tokens "
+        f"that are a multiple of {token_multiple} tokens, which this precision needs",
+        f"a multiple of {math.lcm(phase.seq_len, token_multiple) * data_parallel}, and parallel.micro_batch_tokens of at least "
+        f"{math.lcm(phase.seq_len, token_multiple)}",
+    )
 
 
 def selected_phases(selection: str | int | None, count: int) -> range:

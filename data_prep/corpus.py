@@ -167,7 +167,7 @@ def _refuse_other_corpus(data_dir: Path, old: CorpusManifest, tasks: dict[str, l
         changes.append(f"sources gone: {', '.join(dropped)}")
     if added := sorted(tasks.keys() - old.sources.keys()):
         changes.append(f"sources added: {', '.join(added)}")
-    for name in old.sources.keys() & tasks.keys():
+    for name in sorted(old.sources.keys() & tasks.keys()):
         before = {entry.file for entry in old.sources[name].inputs}
         now = {task.shard.name for task in tasks[name]}
         if before - now:

@@ -92,8 +92,8 @@ def collect(total_bytes: int) -> dict[str, list[Document]]:
     """Documents of each source up to its share, without duplicates, in an order that depends on their text alone."""
     sources = {name: _Source(int(total_bytes * share)) for name, share in SHARES.items()}
     seen: set[bytes] = set()
-    sources["prose"].add(readmes(), seen)
-    # Half of the room at most, so that Python's manual does not crowd out everything else.
+    # Half of the room at most, so that what comes first does not crowd out everything else.
+    sources["prose"].add(readmes(), seen, limit=sources["prose"].limit // 2)
     sources["reference"].add(topics(), seen, limit=sources["reference"].limit // 2)
     for file in chain.from_iterable(zip_longest(*source_files())):
         wanted = {name for name, source in sources.items() if not source.full}

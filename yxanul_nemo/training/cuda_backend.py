@@ -38,7 +38,7 @@ class CudaBackend:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device="cuda")
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
-        """Warm up on random tokens and capture the graph; a failed capture falls back to eager with the reason in the log.
+        """Warm up on random tokens, so that lazily made state exists when a checkpoint is loaded.
 
         FP8's delayed scales start from these passes, whose gradients have the size of real ones.
         """
@@ -50,12 +50,11 @@ class CudaBackend:
         for _ in range(WARMUP_PASSES):
             self._forward_backward()
         torch.cuda.synchronize()
-        if self.use_graph:
-            self._capture()
-        self.ddp.zero_grad_buffer()
 
     def train_step(self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float) -> StepResult:
         """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
+        if self.use_graph and self.graph is None:
+            self._capture()
         self.ddp.zero_grad_buffer()
         self.loss_sum.zero_()
         # Megatron's wrapper averages gradients over data-parallel ranks.
@@ -91,6 +90,11 @@ class CudaBackend:
         self.loss_sum += loss_BT.detach().sum(dtype=torch.float64)
 
     def _capture(self) -> None:
+        """Record forward and backward of a micro-batch; if that fails, train eagerly, with the reason in the log.
+
+        It is done at the first step and not before: whoever empties the allocator's cache in between (Lightning does at the
+        start of fit) must not meet memory that a graph refers to.
+        """
         graph = torch.cuda.CUDAGraph()
         for state in get_all_rng_states().values():
             graph.register_generator_state(state)
@@ -102,5 +106,6 @@ class CudaBackend:
         except RuntimeError as error:
             logger.warning("no CUDA graph, training eagerly: %s", str(error).splitlines()[0])
             torch.cuda.synchronize()
+            self.use_graph = False
             return
         self.graph = graph

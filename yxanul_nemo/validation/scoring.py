@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
+PAD_MULTIPLE = 16
+"""Batches are padded to a multiple of this length, as FP8 matrix products need."""
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
 """(ids_BT, labels_BT) -> loss_BT: the loss of each label given all ids up to its place; anything where the label is -100."""
@@ -97,7 +99,7 @@ def score_documents(
 
 
 def _padded(batch: Sequence[Window], documents: Sequence[Document], eos_id: int) -> tuple[Tensor, Tensor]:
-    length = max(window.length for window in batch)
+    length = -(-max(window.length for window in batch) // PAD_MULTIPLE) * PAD_MULTIPLE
     ids = np.full((len(batch), length), eos_id, dtype=np.int64)
     labels = np.full((len(batch), length), IGNORE_INDEX, dtype=np.int64)
     for row, window in enumerate(batch):

@@ -1,7 +1,6 @@
 """The token stream of a run: every token once, in one order, whatever the lengths, ranks and micro-batches."""
 
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -92,7 +91,9 @@ def test_labels_are_the_next_tokens_of_the_stream(shards: list[IndexedTokens]) -
 def test_ranks_and_micro_batches_do_not_change_the_order(
     shards: list[IndexedTokens], ranks: int, micro_batch_size: int
 ) -> None:
-    windows = PhaseWindows([TokenStream(shards, 1), TokenStream(shards, 2)], np.array([0.75, 0.25]), [0, 100], seq_len=4)
+    windows = PhaseWindows(
+        [TokenStream(shards, 1), TokenStream(shards, 2)], np.array([0.75, 0.25]), [0, 100], seq_len=4
+    )
     layout = BatchLayout(micro_batch_size, 64 // ranks // micro_batch_size, ranks)
     for step in (0, 3):
         per_rank = [PhaseBatches(windows, layout, rank, 0, 4).batch(step)[0] for rank in range(ranks)]

@@ -35,7 +35,9 @@ def train(tensor_parallel: int, load_from: Path | None, save_to: Path | None) ->
     for step in range(first, first + STEPS):
         x = torch.randint(0, VOCAB, (WINDOWS, SEQ_LEN + 1), generator=torch.Generator().manual_seed(step))
         mine = x.view(2, ranks, WINDOWS // 2 // ranks, SEQ_LEN + 1)[:, rank]
-        result = backend.train_step(mine[..., :-1].contiguous(), mine[..., 1:].contiguous(), lr=1e-2, grad_clip=GRAD_CLIP)
+        result = backend.train_step(
+            mine[..., :-1].contiguous(), mine[..., 1:].contiguous(), lr=1e-2, grad_clip=GRAD_CLIP
+        )
         record.append((float(result.loss), float(result.grad_norm)))
     if save_to is not None:
         save_to.mkdir(exist_ok=True)

@@ -49,9 +49,7 @@ class PlainGPT(nn.Module):
             p = f"decoder.layers.{i}."
             y = rms_norm(x, self.weight(f"{p}input_layernorm.weight"), s.norm_eps)
             q_w, k_w, v_w = split_qkv(self.weight(f"{p}self_attention.linear_qkv.weight"), s)
-            q, k, v = (
-                (y @ w.T).view(n_batch, n_time, -1, s.head_dim).transpose(1, 2) for w in (q_w, k_w, v_w)
-            )
+            q, k, v = ((y @ w.T).view(n_batch, n_time, -1, s.head_dim).transpose(1, 2) for w in (q_w, k_w, v_w))
             q, k = rotate(q, s.rope_base, first_position), rotate(k, s.rope_base, first_position)
             repeats = s.num_attention_heads // s.kv_groups
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)

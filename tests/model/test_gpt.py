@@ -26,7 +26,13 @@ SHAPES = {
 def make(shape: str = "grouped", seed: int = 3, std: float = 0.2) -> YxanulGPT:
     """A small model with weights large enough that every part of it matters."""
     config = ModelConfig(
-        name="t", num_layers=3, ffn_hidden_size=128, embedding_rank=24, max_position_embeddings=64, init_std=std, **SHAPES[shape]
+        name="t",
+        num_layers=3,
+        ffn_hidden_size=128,
+        embedding_rank=24,
+        max_position_embeddings=64,
+        init_std=std,
+        **SHAPES[shape],
     )
     model = build_model(config, VOCAB, *reference_precision(), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -47,7 +53,7 @@ def ids(batch: int = 3, length: int = 20, seed: int = 0) -> torch.Tensor:
 
 
 def plain(model: YxanulGPT) -> PlainGPT:
-    return PlainGPT(model.model_shape, {n: p for n, p in model.named_parameters()})
+    return PlainGPT(model.model_shape, dict(model.named_parameters()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -70,7 +76,11 @@ def test_logits_and_gradients_are_those_of_the_plain_reference(shape: str) -> No
 
 @pytest.mark.parametrize(
     ("name", "unpadded", "padded"),
-    [("yxanul_197m", 196_398_464, 196_406_016), ("yxanul_270m", 293_684_736, 293_692_288), ("yxanul_270m_slim", 145_281_280, None)],
+    [
+        ("yxanul_197m", 196_398_464, 196_406_016),
+        ("yxanul_270m", 293_684_736, 293_692_288),
+        ("yxanul_270m_slim", 145_281_280, None),
+    ],
 )
 def test_parameter_counts_of_the_recipes(name: str, unpadded: int, padded: int | None) -> None:
     config = parse(compose([f"model={name}"])).model
@@ -139,7 +149,9 @@ def test_grouped_attention_is_full_attention_with_repeated_keys() -> None:
         for name, weight in full.named_parameters():
             if "linear_qkv" in name:
                 w = state[name].view(s.kv_groups, per_group + 2, s.head_dim, s.hidden_size)
-                rows = [torch.stack((w[g, h], w[g, -2], w[g, -1])) for g in range(s.kv_groups) for h in range(per_group)]
+                rows = [
+                    torch.stack((w[g, h], w[g, -2], w[g, -1])) for g in range(s.kv_groups) for h in range(per_group)
+                ]
                 weight.copy_(torch.stack(rows).view_as(weight))
             else:
                 weight.copy_(state[name])
@@ -153,7 +165,9 @@ def test_the_head_sends_gradient_to_both_factors_and_none_to_padding() -> None:
     x_BT = torch.zeros(2, 8, dtype=torch.long)
     model(x_BT, ids(2, 8)).sum().backward()
     assert table.shape[0] == 384
-    assert (table.grad[1:VOCAB].norm(dim=1) > 0).all(), "tokens that were never an input get gradient only through the head"
+    assert (table.grad[1:VOCAB].norm(dim=1) > 0).all(), (
+        "tokens that were never an input get gradient only through the head"
+    )
     assert torch.equal(table.grad[VOCAB:], torch.zeros_like(table.grad[VOCAB:]))
     assert projection.grad.norm() > 0
 
@@ -203,6 +217,4 @@ def test_precisions_that_a_cpu_lacks_are_refused_with_the_nearest(precision: str
     from yxanul_nemo.errors import UserError
 
     with pytest.raises(UserError, match=r"precision\.name: is .* on a CPU; expected fp32"):
-        build_model(
-            make().model_shape, VOCAB, PrecisionConfig(name=precision), ParallelConfig(device="cpu"), seed=0
-        )
+        build_model(make().model_shape, VOCAB, PrecisionConfig(name=precision), ParallelConfig(device="cpu"), seed=0)

@@ -20,7 +20,9 @@ SHAPE = ModelConfig(
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048)
 
 
-def build(precision: str, spec: str = "te", device: str = "cuda", op_fuser: bool = True, seq_len: int = 256) -> YxanulGPT:
+def build(
+    precision: str, spec: str = "te", device: str = "cuda", op_fuser: bool = True, seq_len: int = 256
+) -> YxanulGPT:
     # Megatron-core writes its choice of attention into these and refuses another one in the same process.
     for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(variable, None)

@@ -39,7 +39,10 @@ def test_scaling_keeps_shares_to_one_step(total: float, shares: list[int]) -> No
 
 
 @given(
-    windows=st.integers(1, 5000), ranks=st.integers(1, 16), seq_len=st.sampled_from([8, 64, 2048]), most=st.integers(1, 10**5)
+    windows=st.integers(1, 5000),
+    ranks=st.integers(1, 16),
+    seq_len=st.sampled_from([8, 64, 2048]),
+    most=st.integers(1, 10**5),
 )
 def test_a_layout_holds_exactly_the_promised_tokens(windows: int, ranks: int, seq_len: int, most: int) -> None:
     phase = plan_phases(curriculum((windows * seq_len, seq_len, windows * seq_len)))[0]

@@ -23,7 +23,9 @@ class Bigrams(torch.nn.Module):
         self.logits = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 3
 
     def forward(self, ids_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(self.logits[ids_BT].flatten(0, 1), labels_BT.flatten(), reduction="none").view(ids_BT.shape)
+        return F.cross_entropy(self.logits[ids_BT].flatten(0, 1), labels_BT.flatten(), reduction="none").view(
+            ids_BT.shape
+        )
 
 
 def documents(lengths: list[int]) -> list[Document]:
@@ -49,7 +51,9 @@ def test_windows_score_each_token_once_with_context_within_bounds(n: int, eval_l
         stop = window.start + window.length
         first = stop - window.scored
         scored += range(first, stop)
-        assert window.start == 0 or first - window.start >= eval_len - stride, "a token lost the context that the stride promises"
+        assert window.start == 0 or first - window.start >= eval_len - stride, (
+            "a token lost the context that the stride promises"
+        )
     assert scored == list(range(n))
 
 

@@ -17,7 +17,7 @@ class CheckpointConfig(Section):
     """Checkpoints kept beside the best one and the ends of phases."""
     verify: Literal["full", "size"] = "full"
     """What loading checks against the manifest: SHA-256 of every file, or only their sizes."""
-    allow_mismatch: list[str] = []
+    allow_mismatch: list[str] = Field(default_factory=list)
     """Differences between a checkpoint and the configured run that a resume may accept, by the names that the refusal gives
     them; each is noted in the ledger."""
 

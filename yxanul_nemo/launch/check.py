@@ -38,7 +38,9 @@ def check_machine(config: RunConfig) -> bool:
     for name, result in results.items():
         logger.info("precision %-11s %s", name, result)
     if results[config.precision.name] != "works":
-        logger.info("this recipe cannot run here: precision %s %s", config.precision.name, results[config.precision.name])
+        logger.info(
+            "this recipe cannot run here: precision %s %s", config.precision.name, results[config.precision.name]
+        )
         return False
     logger.info("this recipe can run here")
     return True
@@ -65,8 +67,16 @@ def describe_machine() -> Iterator[str]:
         )
     yield f"driver      {', '.join(sorted({gpu.rpartition(', ')[2] for gpu in environment['gpus']})) or 'unknown'}"
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
-    yield f"cuda        {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}"
+    yield f"cuda        {torch.version.cuda}, cuDNN {_cudnn_version()}, NCCL {nccl}"
     yield f"te          {te_version() or 'not installed'}"
+
+
+def _cudnn_version() -> str:
+    try:
+        return str(torch.backends.cudnn.version())
+    except RuntimeError as error:
+        # torch refuses a library other than its own; Transformer Engine may use it all the same.
+        return f"not torch's ({str(error).partition('. ')[0]})"
 
 
 def describe_attention(config: RunConfig) -> Iterator[str]:

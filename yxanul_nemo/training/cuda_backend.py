@@ -31,9 +31,7 @@ class CudaBackend:
         # Gradients are reduced once per step, after the last micro-batch, so that a graph holds no communication.
         ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
         self.ddp = DistributedDataParallel(model.config, ddp_config, model)
-        self.optimizer = MainParamAdamW(
-            model, config.optim, parallel_state.get_tensor_model_parallel_group()
-        )
+        self.optimizer = MainParamAdamW(model, config.optim, parallel_state.get_tensor_model_parallel_group())
         self.graph: torch.cuda.CUDAGraph | None = None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device="cuda")
 

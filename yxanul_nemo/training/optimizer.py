@@ -32,7 +32,9 @@ class MainParamAdamW:
         self.tensor_group = tensor_group
         device = self.params[0].device
         self.counted = [
-            i for i, p in enumerate(self.params) if tensor_group.rank() == 0 or getattr(p, "tensor_model_parallel", False)
+            i
+            for i, p in enumerate(self.params)
+            if tensor_group.rank() == 0 or getattr(p, "tensor_model_parallel", False)
         ]
         # Matrices are decayed, vectors (the norms) are not: Megatron-core's rule, by shape and not by name.
         groups = [

@@ -1,6 +1,7 @@
 """`environment.json`: where and with what a run was made. Light: nothing here imports torch."""
 
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -12,11 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from yxanul_nemo.config.load import REPO_DIR
+from yxanul_nemo.files import write_json_atomic
 
 PACKAGES = (
     "torch", "megatron-core", "nemo_toolkit", "transformer-engine", "lightning", "hydra-core",
     "transformers", "tokenizers", "sentencepiece", "safetensors", "pyarrow", "numpy",
 )  # fmt: skip
+
+
+def write_environment(path: Path) -> None:
+    """Write `environment.json` for this command; what the file said of the run's commands before goes on under `earlier`."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        earlier = [*before.pop("earlier", []), before]
+    except (FileNotFoundError, ValueError, AttributeError, TypeError):
+        # Absent, or changed by hand to something else.
+        earlier = []
+    write_json_atomic(path, describe_environment() | {"earlier": earlier})
 
 
 def describe_environment() -> dict[str, Any]:
@@ -52,7 +65,8 @@ def _output(command: list[str]) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    return _output(["git", "-C", str(REPO_DIR), *arguments])
+    # A `git status` that is killed with its lock held would leave the user's repository locked.
+    return _output(["git", "--no-optional-locks", "-C", str(REPO_DIR), *arguments])
 
 
 def _gpus() -> list[str]:

@@ -1,0 +1,36 @@
+"""Stages that only look: they run alone, take no lock and leave what was trained as it is."""
+
+import logging
+import warnings
+
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.log import configure_logging
+
+LONE_STAGES = ("plan", "check", "inspect_data", "compare_tokenizers")
+
+
+def run_lone_stage(config: RunConfig, name: str) -> bool:
+    """Run one of `LONE_STAGES`; False if it finds that the recipe cannot run on this machine."""
+    if name == "plan":
+        from yxanul_nemo.launch.plan_stage import run_plan_stage
+
+        run_plan_stage(config)
+        return True
+    configure_logging()
+    if name == "check":
+        # Libraries warn at import about optional parts that are absent by choice.
+        warnings.filterwarnings("ignore")
+        logging.getLogger("megatron").setLevel(logging.ERROR)
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        from yxanul_nemo.launch.check import check_machine
+
+        return check_machine(config)
+    if name == "inspect_data":
+        from data_prep.inspect_data import inspect
+
+        inspect(config)
+        return True
+    from data_prep.compare_tokenizers import run_compare_stage
+
+    run_compare_stage(config)
+    return True

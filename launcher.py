@@ -47,6 +47,7 @@ def main(composed: DictConfig) -> None:
         fail(error, error.exit_code)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import pytest
 
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.launch.processes import visible_gpus
 
 SMALL = (
     "data.demo_bytes=300000",
@@ -32,6 +33,14 @@ SMALL = (
     "parallel.cpu_threads=1",
 )
 """Overrides that make the demo recipe a matter of seconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if visible_gpus() == 0:
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -4,89 +4,161 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from data_prep.manifest import load_manifest
 from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.formats import model_card, write_hf, write_nemo
-from yxanul_nemo.export.parity import check_parity, fixed_prompts, hf_logits, nemo_logits, require_context
+from yxanul_nemo.export.llama import load_folder
+from yxanul_nemo.export.parity import (
+    check_parity,
+    expect_folded_then_rounded,
+    expect_weights_rounded,
+    fixed_prompts,
+    load_nemo,
+    require_exportable,
+)
+from yxanul_nemo.export.publish import list_files, recover_folder, replace_folder, sync_folder
 from yxanul_nemo.export.record import write_record
-from yxanul_nemo.files import fsync_dir, sha256_file
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import reference_precision
+from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.restore import restore_model
 from yxanul_nemo.validation.record import find_result
 
 UNFINISHED = ".export.tmp"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+NEMO_NAME, HF_NAME = "model.nemo", "hf"
 
 
 def export_checkpoint(config: RunConfig) -> None:
     """Write all configured formats, load each anew, compare, and only then put the folder in place of an older export.
 
     Raises:
-        UserError: no checkpoint, or data and tokenizer of another run.
-        ParityError: what was written does not compute what the checkpoint does; nothing is left behind.
+        UserError: no checkpoint, data and tokenizer of another run, or a disk that cannot be written.
+        ParityError: what was written does not compute what the checkpoint does; nothing is left behind, and an older
+            export stays as it was.
     """
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        # Under torchrun the first process does it alone.
+        os.environ.pop(name, None)
     began = time.perf_counter()
-    manifest = load_manifest(config.data_dir)
-    checkpoint = chosen_checkpoint(config)
-    require_context(config.model.max_position_embeddings)
-    tokenizer_folder = config.run.dir / "tokenizer"
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise UserError(tokenizer_folder, "is not the tokenizer of the data", fix="Run stage=data again.")
-    model = restore_model(config, checkpoint, manifest.vocab_size, *reference_precision())
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.export.dtype]
-    unfinished = config.run.dir / UNFINISHED
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
-        prompts = fixed_prompts(manifest.vocab_size, manifest.eos_id)
-        parity = {}
-        if "hf" in config.export.formats:
-            card = model_card(config.model, manifest.vocab_size, checkpoint.tokens, config.run.name, find_result(config, checkpoint))
-            write_hf(unfinished / "hf", model, tokenizer, dtype, card)
-            parity["hf"] = check_parity("export/hf", model, hf_logits(unfinished / "hf"), prompts, dtype)
-        if "nemo" in config.export.formats:
-            write_nemo(unfinished / "model.nemo", model, tokenizer_folder, dtype)
-            parity["nemo"] = check_parity("export/model.nemo", model, nemo_logits(unfinished / "model.nemo"), prompts, dtype)
-        files = {
-            str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-            for path in sorted(unfinished.rglob("*"))
-            if path.is_file()
-        }
-        write_record(config, checkpoint, unfinished, files, parity)
-        replace_folder(unfinished, config.run.dir / "export")
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    for name, result in parity.items():
-        size = sum(entry["bytes"] for file, entry in files.items() if file.startswith(name) or file.endswith(f".{name}"))
-        logger.info(
-            "exported %s: %.1f MB, largest logit difference %.2g", name, size / 1e6, result["max_logit_difference"]
+    Exporter(config).run()
+    logger.info("export took %.1f s", time.perf_counter() - began)
+
+
+class Exporter:
+    """One export of one run."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.manifest = load_manifest(config.data_dir)
+        self.checkpoint = chosen_checkpoint(config)
+        require_exportable(config.model)
+        self.tokenizer_folder = config.run.dir / "tokenizer"
+        self.tokenizer = Tokenizer.load(self.tokenizer_folder)
+        if self.tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
+            raise UserError(
+                self.tokenizer_folder,
+                "is not the tokenizer of the data",
+                fix="Run `python launcher.py stage=data` again.",
+            )
+        self.dtype = DTYPES[config.export.dtype]
+
+    def run(self) -> None:
+        """Write, prove, publish."""
+        run_dir = self.config.run.dir
+        place, unfinished = run_dir / "export", run_dir / UNFINISHED
+        model = restore_model(self.config, self.checkpoint, self.manifest.vocab_size, *reference_precision())
+        with disk_errors(run_dir, "exporting", also=(SafetensorError,)):
+            recover_folder(place)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            try:
+                self.write(unfinished, model)
+                parity = self.prove(unfinished, model)
+                if HF_NAME in parity:
+                    (unfinished / HF_NAME / "README.md").write_text(self._card(parity[HF_NAME]), encoding="utf-8")
+                files = list_files(unfinished)
+                write_record(self.config, self.checkpoint, unfinished, files, parity)
+                sync_folder(unfinished)
+                replace_folder(unfinished, place)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+        for name, result in parity.items():
+            size_bytes = sum(entry["bytes"] for file, entry in files.items() if Path(file).parts[0] == name)
+            logger.info("exported %s: %.1f MB, %s", place / name, size_bytes / 1e6, _in_words(result))
+
+    def write(self, folder: Path, model: YxanulGPT) -> None:
+        """Write the configured formats of `model` into `folder`."""
+        if "hf" in self.config.export.formats:
+            write_hf(folder / HF_NAME, model, self.tokenizer, self.dtype, self.config.export.factorized)
+        if "nemo" in self.config.export.formats:
+            write_nemo(folder / NEMO_NAME, model, self.tokenizer, self.tokenizer_folder, self.dtype)
+
+    def prove(self, folder: Path, model: YxanulGPT) -> dict[str, Any]:
+        """Load what is in `folder` anew and compare it with `model`; raises ParityError.
+
+        Returns:
+            Name in the folder -> what `check_parity` measured.
+        """
+        prompts_BT = fixed_prompts(self.manifest.vocab_size, self.manifest.eos_id)
+        parity: dict[str, Any] = {}
+        own = expect_weights_rounded(model, prompts_BT, self.dtype)
+        if "hf" in self.config.export.formats:
+            factorized = self.config.export.factorized
+            expected = own if factorized else expect_folded_then_rounded(model, prompts_BT, self.dtype)
+            parity[HF_NAME] = check_parity(HF_NAME, expected, load_folder(folder / HF_NAME, factorized))
+        if "nemo" in self.config.export.formats:
+            parity[NEMO_NAME] = check_parity(NEMO_NAME, own, load_nemo(folder / NEMO_NAME))
+        return parity
+
+    def _card(self, parity: dict[str, Any]) -> str:
+        return model_card(
+            self.config.model,
+            vocab_size=self.manifest.vocab_size,
+            eos_token=self.tokenizer.eos_token,
+            tokens=self.checkpoint.tokens,
+            recipe=self.config.run.name,
+            checkpoint=self.checkpoint.path.name,
+            dtype=self.config.export.dtype,
+            factorized=self.config.export.factorized,
+            parity=parity,
+            validation=find_result(self.config, self.checkpoint),
         )
-    logger.info("export of %s took %.1f s", checkpoint.path.name, time.perf_counter() - began)
 
 
 def chosen_checkpoint(config: RunConfig) -> Checkpoint:
-    """The checkpoint that `export.checkpoint` names."""
+    """The checkpoint that `export.checkpoint` names; UserError if there is none."""
     store = CheckpointStore(config.run.dir / "checkpoints", verify=config.checkpoint.verify)
-    checkpoint = store.best() if config.export.checkpoint == "best" else store.newest_good()
-    if checkpoint is None:
+    newest = store.newest_good()
+    if newest is None:
         raise UserError(store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
-    return checkpoint
+    if config.export.checkpoint == "latest":
+        return newest
+    best = store.best()
+    if best is None:
+        raise UserError(
+            "export.checkpoint",
+            f"is best, but {store.root / 'best'} names no good checkpoint",
+            "latest",
+            "The best checkpoint is chosen by the validation at the end of each phase.",
+        )
+    return best
 
 
-def replace_folder(new: Path, place: Path) -> None:
-    """Put `new` where `place` is; a kill in between leaves the old folder under `<place>.old` and the next call goes on."""
-    old = place.with_name(place.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if place.exists():
-        os.rename(place, old)
-    os.rename(new, place)
-    fsync_dir(place.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _in_words(result: dict[str, Any]) -> str:
+    text = f"largest logit difference {result['max_logit_difference']:.2g}, {result['equal_greedy_tokens']} equal greedy tokens"
+    if result["rounding_logit_difference"]:
+        text += f"; rounding the weights moves logits by up to {result['rounding_logit_difference']:.2g}"
+    return text

@@ -1,6 +1,8 @@
 """Writing a model's folder for Hugging Face and its `.nemo` file."""
 
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,52 +12,138 @@ from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.config.model import ModelConfig
-from yxanul_nemo.export.fold import llama_config, to_llama
+from yxanul_nemo.export.fold import factorized_config, llama_config, to_llama
+from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.model.gpt import YxanulGPT
-from yxanul_nemo.model.nemo_model import YxanulModel, nemo_config
+from yxanul_nemo.model.nemo_archive import WEIGHT_PREFIX
+
+MODELLING_CODE = Path(__file__).with_name("modeling_yxanul.py")
 
 
-def write_hf(folder: Path, model: YxanulGPT, tokenizer: Tokenizer, dtype: torch.dtype, card: str) -> None:
-    """A standard Llama folder: config.json, model.safetensors, tokenizer files, generation_config.json, README.md."""
-    shape: ModelConfig = model.model_shape
+def write_hf(
+    folder: Path, model: YxanulGPT, tokenizer: Tokenizer, dtype: torch.dtype, factorized: bool = False
+) -> None:
+    """Write a folder that transformers loads: config.json, model.safetensors, generation_config.json and the tokenizer's files.
+
+    Args:
+        folder: made here.
+        factorized: keep the embedding's two small matrices, with the code that reads them; otherwise a standard Llama.
+    """
+    shape, vocab_size = model.model_shape, tokenizer.vocab_size
     folder.mkdir(parents=True)
-    weights = {name: weight.to(dtype) for name, weight in to_llama(model.state_dict(), shape, tokenizer.vocab_size).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = to_llama(model.state_dict(), shape, vocab_size, factorized)
+    path = folder / "model.safetensors"
+    save_file({name: weight.to(dtype) for name, weight in weights.items()}, path, metadata={"format": "pt"})
+    # safetensors makes its files readable by their owner alone.
+    path.chmod(0o644)
     dtype_name = str(dtype).removeprefix("torch.")
-    config = llama_config(shape, tokenizer.vocab_size, tokenizer.eos_id, tokenizer.pad_id, dtype_name)
+    pad_id = None if tokenizer.pad_token is None else tokenizer.pad_id
+    config = llama_config(shape, vocab_size, tokenizer.eos_id, pad_id, dtype_name)
+    if factorized:
+        config = factorized_config(config, shape.embedding_rank)
+        shutil.copyfile(MODELLING_CODE, folder / MODELLING_CODE.name)
     _write_json(folder / "config.json", config)
     generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     _write_json(folder / "generation_config.json", generation)
     tokenizer.save(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    # Documents are separated by one token, which so begins a text as well as ending it, and pads where there is no other.
+    specials = {"bos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token or tokenizer.eos_token}
+    _add_to_json(folder / "tokenizer_config.json", specials | {"model_max_length": shape.max_position_embeddings})
+    _add_to_json(folder / "special_tokens_map.json", specials)
 
 
-def write_nemo(path: Path, model: YxanulGPT, tokenizer_folder: Path, dtype: torch.dtype) -> None:
-    """A `.nemo` file through NeMo's own `save_to`."""
-    wrapped = YxanulModel(nemo_config(model.model_shape, model.real_vocab_size, tokenizer_folder))
-    weights: dict[str, Tensor] = {f"gpt.{name}": value for name, value in model.state_dict().items() if value is not None}
-    wrapped.load_state_dict({name: weights[name] for name in wrapped.state_dict()})
-    wrapped.to(dtype).save_to(str(path))
+def write_nemo(path: Path, model: YxanulGPT, tokenizer: Tokenizer, tokenizer_folder: Path, dtype: torch.dtype) -> None:
+    """Write a `.nemo` file through NeMo's own `save_to`; `tokenizer` is saved in `tokenizer_folder`."""
+    from yxanul_nemo.model.nemo_model import YxanulModel, nemo_config, quiet_nemo
+
+    weights = {
+        f"{WEIGHT_PREFIX}{name}": value for name, value in model.state_dict().items() if isinstance(value, Tensor)
+    }
+    with quiet_nemo():
+        wrapped = YxanulModel(nemo_config(model.model_shape, model.real_vocab_size, tokenizer, tokenizer_folder))
+        wrapped.load_state_dict(weights)
+        wrapped.to(dtype).save_to(str(path))
 
 
-def model_card(shape: ModelConfig, vocab_size: int, tokens: int, recipe: str, validation: dict[str, Any] | None) -> str:
-    """README.md of the Hugging Face folder, with the run's own figures."""
-    lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {shape.name}", "",
-        f"A {shape.num_layers}-layer GPT ({shape.hidden_size} wide, {shape.num_attention_heads} heads, {shape.kv_groups} key/value groups, "
-        f"vocabulary of {vocab_size:,}), trained on {tokens:,} tokens with the recipe `{recipe}`.",
+def model_card(
+    shape: ModelConfig,
+    *,
+    vocab_size: int,
+    eos_token: str,
+    tokens: int,
+    recipe: str,
+    checkpoint: str,
+    dtype: str,
+    factorized: bool,
+    parity: Mapping[str, Any],
+    validation: Mapping[str, Any] | None,
+) -> str:
+    """README.md of the Hugging Face folder, with the run's own figures.
+
+    Args:
+        parity: of this folder, as `check_parity` gives it.
+        validation: of the exported checkpoint, as `validation.validate` gives it; None if it was not validated.
+    """
+    parameters = parameter_count(shape, vocab_size)
+    trust = ", trust_remote_code=True" if factorized else ""
+    embedding = (
+        f"Its tied embedding is a pair of small matrices of rank {shape.embedding_rank}, read by `modeling_yxanul.py` in this folder."
+        if factorized
+        else f"It was trained with a factorized tied embedding of rank {shape.embedding_rank}, which is multiplied out here into "
+        "one table, so this is a standard Llama."
+    )
+    figures = {
+        "parameters (as trained)": f"{parameters:,}",
+        "layers, width, feed-forward width": f"{shape.num_layers}, {shape.hidden_size}, {shape.ffn_hidden_size}",
+        "attention heads, key/value heads": f"{shape.num_attention_heads}, {shape.kv_groups}",
+        "vocabulary": f"{vocab_size:,}",
+        "context (tokens)": f"{shape.max_position_embeddings:,}",
+        "trained on (tokens)": f"{tokens:,}",
+        "recipe, checkpoint": f"`{recipe}`, `{checkpoint}`",
+        "number format": dtype,
+        "largest logit difference from the checkpoint": f"{max(parity['max_logit_difference'], parity['rounding_logit_difference']):.2g}",
+    }
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {shape.name}", ""]
+    lines += [
+        "A GPT with grouped-query attention, RMSNorm, SwiGLU and rotary positions. " + embedding,
         "",
-        "It was trained with a factorized tied embedding, which is folded here into one table, so this is a standard Llama:",
-        "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", "",
-        'model = AutoModelForCausalLM.from_pretrained("PATH")', 'tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", "",
+        "| | |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {value} |" for name, value in figures.items()]
+    lines += [
+        "",
+        f"Texts began and ended with `{eos_token}` in training, so a prompt does best when it begins with it:",
+        "",
+        "```python",
+        "import torch",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        'ids = [[tokenizer.bos_token_id, *tokenizer("Once upon a time").input_ids]]',
+        'print(tokenizer.decode(model.generate(torch.tensor(ids), max_new_tokens=64)[0]))',
+        "```",
+        "",
     ]  # fmt: skip
     if validation is not None:
-        lines += [f"Held-out text, windows of {validation['eval_len_tokens']} tokens:", "", "| domain | bits per byte | perplexity |", "|---|---|---|"]
         lines += [
-            f"| {name} | {score['bits_per_byte']:.4f} | {score['perplexity']:.2f} |" for name, score in validation["domains"].items()
+            f"Held-out text, windows of {validation['eval_len_tokens']} tokens with stride {validation['stride_tokens']}:",
+            "",
+            "| domain | documents | bits per byte | standard error | perplexity |",
+            "|---|---|---|---|---|",
         ]
-    return "\n".join(lines) + "\n"
+        lines += [
+            f"| {name} | {score['documents']} | {score['bits_per_byte']:.4f} | {score['bits_per_byte_standard_error']:.4f} "
+            f"| {score['perplexity']:.2f} |"
+            for name, score in validation["domains"].items()
+        ]
+    return "\n".join(lines).rstrip() + "\n"
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def _add_to_json(path: Path, values: Mapping[str, Any]) -> None:
+    _write_json(path, json.loads(path.read_text(encoding="utf-8")) | dict(values))
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,35 +1,50 @@
-"""What was exported from which checkpoint, so that a repeated command knows. Light, for the launcher."""
+"""Which checkpoint is exported, and what was exported from which, so that a repeated command knows. Light, for the launcher."""
 
 import json
 from pathlib import Path
 from typing import Any
 
-from yxanul_nemo.checkpoint.store import Checkpoint
+from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.files import write_json_atomic
 
 RECORD_NAME = "export.json"
 
 
-def is_exported(config: RunConfig, checkpoint: Checkpoint) -> bool:
-    """Whether the export of this checkpoint in the configured formats is complete."""
+def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
+    """Whether the export of the configured checkpoint in the configured formats is complete.
+
+    Args:
+        newest: the run's newest checkpoint, which is the one to export unless `export.checkpoint` is `best`.
+    """
+    wanted = newest
+    if config.export.checkpoint == "best":
+        best = CheckpointStore(config.run.dir / "checkpoints", verify="size").best()
+        if best is None:
+            return False
+        wanted = best
     folder = config.run.dir / "export"
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return (
+            record["checkpoint_digest"] == wanted.manifest.digest
+            and record["settings"] == _settings(config)
+            and all((folder / name).stat().st_size == entry["bytes"] for name, entry in record["files"].items())
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        # Absent, damaged, or of another version of the project: exported anew.
         return False
-    return (
-        isinstance(record, dict)
-        and record.get("checkpoint_digest") == checkpoint.manifest.digest
-        and record.get("settings") == _settings(config)
-        and all((folder / name).is_file() for name in record.get("files", {}))
-    )
 
 
 def write_record(
     config: RunConfig, checkpoint: Checkpoint, folder: Path, files: dict[str, Any], parity: dict[str, Any]
 ) -> None:
-    """Write `export.json`; the last thing an export does."""
+    """Write `export.json`; the last thing an export does.
+
+    Args:
+        files: path relative to `folder` -> `bytes` and `sha256`.
+        parity: format -> what `check_parity` measured.
+    """
     record = {
         "checkpoint": checkpoint.path.name,
         "checkpoint_digest": checkpoint.manifest.digest,

@@ -9,6 +9,7 @@ import socket
 import sys
 import textwrap
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +21,7 @@ from yxanul_nemo.log import logger
 LOCK_NAME = ".lock"
 MAX_OWNER_BYTES = 64 << 10
 MAX_SHOWN_CHARS = 200
+POLL_SECONDS = 0.1
 NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
 """What `flock` says on a file system without locks, such as Lustre mounted without `-o flock`."""
 
@@ -31,12 +33,17 @@ class RunLock:
     are no stale locks and the file is never deleted. Children that must keep it after this process get the descriptor:
     `subprocess.Popen(..., pass_fds=[lock.fd])`. On NFS a lock belongs to one process and is not shared with children.
 
+    Args:
+        run_dir: folder of the run; made if it is absent.
+        wait_seconds: how long to wait for children that a launcher on this host has left behind: they save and end.
+
     Raises:
         UserError: on entering, if another launcher holds it (named with process and host), or the folder is read-only.
     """
 
-    def __init__(self, run_dir: Path):
+    def __init__(self, run_dir: Path, wait_seconds: float = 0.0):
         self.path = Path(run_dir) / LOCK_NAME
+        self.wait_seconds = wait_seconds
         self._fd: int | None = None
 
     @property
@@ -70,16 +77,27 @@ class RunLock:
         self._fd = None
 
     def _take(self, fd: int) -> None:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._refusal(fd) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logger.warning(
-                "%s: no locks on this file system; take care that no second launcher uses the folder", self.path
-            )
+        deadline = time.monotonic() + self.wait_seconds
+        told = False
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = _Owner.read(fd)
+                if owner is None or not owner.is_gone() or time.monotonic() >= deadline:
+                    raise self._refusal(owner) from None
+                if not told:
+                    logger.info("waiting for processes left behind by %s to save and end", owner)
+                    told = True
+                time.sleep(POLL_SECONDS)
+                continue
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                logger.warning(
+                    "%s: no locks on this file system; take care that no second launcher uses the folder", self.path
+                )
+            return
 
     def _is_current(self, fd: int) -> bool:
         """Whether the locked file still has its name; someone may have removed the folder between open and lock."""
@@ -92,6 +110,7 @@ class RunLock:
     def _sign(self, fd: int) -> None:
         owner = {
             "pid": os.getpid(),
+            "start_ticks": _start_ticks(os.getpid()),
             "host": socket.gethostname(),
             "command": shlex.join(sys.orig_argv),
             "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -99,23 +118,67 @@ class RunLock:
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(owner, indent=1).encode() + b"\n", 0)
 
-    def _refusal(self, fd: int) -> UserError:
-        stop = f"fuser -v {self.path}"
-        try:
-            owner = json.loads(os.pread(fd, MAX_OWNER_BYTES, 0))
-            pid, host = int(owner["pid"]), str(owner["host"])
-            command = textwrap.shorten(str(owner["command"]), MAX_SHOWN_CHARS, placeholder=" ...")
-            holder = f"process {pid} on host {host} (started {owner['started']}: {command})"
-        except (ValueError, TypeError, KeyError, RecursionError):
-            holder = "another launcher"
-        else:
-            if host == socket.gethostname() and not Path("/proc", str(pid)).exists():
-                holder = f"processes left behind by {holder}"
-            else:
-                stop = f"kill {pid}"
+    def _refusal(self, owner: "_Owner | None") -> UserError:
+        holder, stop = str(owner or "another launcher"), f"fuser -v {self.path}"
+        if owner is not None and owner.is_gone():
+            holder = f"processes left behind by {holder}"
+        elif owner is not None:
+            stop = f"kill {owner.pid}"
         return UserError(
             self.path.parent,
             f"in use by {holder}",
             "a folder of its own for each run",
             f"Wait for it, stop it (`{stop}` on that host), or choose another folder with run.dir=.",
         )
+
+
+@dataclass(frozen=True)
+class _Owner:
+    """The launcher that signed a lock's file last."""
+
+    pid: int
+    start_ticks: int | None
+    host: str
+    started: str
+    command: str
+
+    @classmethod
+    def read(cls, fd: int) -> "_Owner | None":
+        try:
+            written = json.loads(os.pread(fd, MAX_OWNER_BYTES, 0))
+            ticks = written.get("start_ticks")
+            command = textwrap.shorten(str(written["command"]), MAX_SHOWN_CHARS, placeholder=" ...")
+            return cls(
+                pid=int(written["pid"]),
+                start_ticks=None if ticks is None else int(ticks),
+                host=str(written["host"]),
+                started=str(written["started"]),
+                command=command,
+            )
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return None
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host} (started {self.started}: {self.command})"
+
+    def is_gone(self) -> bool:
+        """Whether it has ended; of another host that is not known, and taken for no."""
+        if self.host != socket.gethostname():
+            return False
+        ticks = _start_ticks(self.pid)
+        return ticks is None or (self.start_ticks is not None and ticks != self.start_ticks)
+
+
+def _start_ticks(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot, which tells it from a later one of the same id.
+
+    None if there is none, or only what is left of it until its parent has asked how it ended. See proc_pid_stat(5).
+    """
+    try:
+        # The command in parentheses may itself hold spaces and parentheses; state and the rest follow the last one.
+        fields = (
+            Path("/proc", str(pid), "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])

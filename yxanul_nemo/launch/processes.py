@@ -1,20 +1,22 @@
-"""Worker processes: started ahead, released when it is their turn, logged to console and file, never outliving the launcher unheard."""
+"""Worker processes: imported ahead, one task at a time, logged to console and file, never outliving the launcher unheard."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
-import threading
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.log import logger
+from yxanul_nemo.launch.interrupts import StopSignals
 
 PR_SET_PDEATHSIG = 1
+CONTROL = b"\0"
+"""Begins what a worker tells the launcher on its standard output: `begin PID` and `end CODE`."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -29,93 +31,128 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For messages and file names."""
+        """For messages, file names and the worker's command line; `named` reads it back."""
         return f"phase-{self.phase:02d}" if self.kind == "train" else self.kind
 
+    @classmethod
+    def named(cls, name: str) -> "Task":
+        """The task of this name."""
+        kind, _, phase = name.partition("-")
+        return cls("train", int(phase)) if kind == "phase" else cls(kind)
 
-class Worker:
-    """One worker process (or torchrun with its ranks), waiting until `run`."""
 
-    def __init__(self, config: RunConfig, task: Task, lock_fd: int):
-        self.task = task
-        self.log_path = config.run.dir / "logs" / f"{task.name}.log"
+class Workers:
+    """Runs tasks one after another, each in a process of its own. Importing takes a worker ten seconds and more, so:
+
+    - on a CPU one worker is started ahead, imports once, and forks a process for each task;
+    - on one GPU, whose driver does not survive a fork, the next task's worker is started while the present one is at work;
+    - of several processes torchrun is in charge.
+
+    Workers hold the run's lock and form sessions of their own, so that Ctrl-C in a terminal reaches only the launcher.
+    """
+
+    def __init__(self, config: RunConfig, lock_fd: int, signals: StopSignals):
         self.last_lines: deque[str] = deque(maxlen=20)
-        processes = process_count(config)
-        command = [sys.executable, "-m"]
-        if processes > 1:
-            command += ["torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", "-m"]
-        command += ["yxanul_nemo.launch.worker", str(config.run.dir), task.kind, f"--phase={task.phase}"]
-        self.waits = processes == 1
-        if self.waits:
-            command.append("--standby")
-        self._command, self._lock_fd = command, lock_fd
-        self._environment = os.environ | {
-            "OMP_NUM_THREADS": str(threads_per_process(config, processes)),
-            "PYTHONUNBUFFERED": "1",
-        }
-        self._process = self._start() if self.waits else None
+        self._config, self._lock_fd, self._signals = config, lock_fd, signals
+        self._ranks = process_count(config)
+        self._forks = self._ranks == 1 and (config.parallel.device == "cpu" or visible_gpus() == 0)
+        self._ahead: subprocess.Popen | None = None
 
-    def run(self) -> int:
-        """Release the worker, pass its output on until it ends, and return its exit code."""
-        if self._process is None:
-            self._process = self._start()
-        process = self._process
-        self.log_path.parent.mkdir(parents=True, exist_ok=True)
-        if self.waits:
-            try:
-                process.stdin.write(b"go\n")
+    def log_path(self, task: Task) -> Path:
+        """File with all that a task has printed."""
+        return self._config.run.dir / "logs" / f"{task.name}.log"
+
+    def start_ahead(self) -> None:
+        """Let a worker import what tasks need, where it can wait for one."""
+        if self._ahead is None and self._ranks == 1:
+            self._ahead = self._start()
+
+    def run(self, task: Task, more: bool) -> int:
+        """Do `task` and pass on what it prints until it ends.
+
+        Args:
+            more: whether other tasks will follow.
+
+        Returns:
+            0 done or stopped on request, 2 the user's mistake, 1 a failure of our own, -N killed by signal N.
+        """
+        self.last_lines.clear()
+        process, self._ahead = self._ahead or self._start(task), None
+        if self._ranks == 1:
+            # If it has ended already, its output says why, and its exit code counts.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(f"{task.name}\n".encode())
                 process.stdin.flush()
-            except BrokenPipeError:
-                logger.warning("%s ended before its turn", self.task.name)
-        with open(self.log_path, "ab") as log_file:
-            reader = threading.Thread(target=self._pass_on, args=(process.stdout, log_file), daemon=True)
-            reader.start()
-            code = self._wait(process)
-            reader.join()
-        process.stdin.close()
-        return code
+            if more and not self._forks:
+                self.start_ahead()
+        self.log_path(task).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(self.log_path(task), "ab") as log_file:
+                ends = self._follow(process, log_file)
+        except BaseException:
+            _end(process)
+            raise
+        finally:
+            self._signals.task_ended()
+        if self._forks and ends:
+            self._ahead = process
+            return ends[0]
+        code = process.wait()
+        _end(process)
+        # torchrun ends with 1 whatever its ranks end with, so what they say counts.
+        return 2 if 2 in ends else 0 if ends.count(0) == self._ranks else code or 1
 
-    def cancel(self) -> None:
-        """End a worker that never got its turn."""
-        if self._process is not None and self._process.poll() is None:
-            self._process.stdin.close()
-            self._process.terminate()
-            self._process.wait()
+    def close(self) -> None:
+        """End the worker that waits for a task; it has nothing to save."""
+        if self._ahead is not None:
+            _end(self._ahead)
+            self._ahead = None
 
-    def _start(self) -> subprocess.Popen:
+    def _start(self, task: Task | None = None) -> subprocess.Popen:
+        command = [sys.executable, "-m"]
+        worker = ["yxanul_nemo.launch.worker", str(self._config.run.dir)]
+        if self._ranks > 1:
+            command += ["torch.distributed.run", f"--nproc-per-node={self._ranks}", "--standalone", "-m"]
+            worker.append(task.name)
+        elif self._forks:
+            worker.append("--fork")
+        threads = threads_per_process(self._config, self._ranks)
+        launcher = os.getpid()
         return subprocess.Popen(
-            self._command,
+            command + worker,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=self._environment,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
             pass_fds=(self._lock_fd,),
+            start_new_session=True,
             # A launcher that is killed takes its worker along, which still saves its state.
-            preexec_fn=_end_with_parent,
+            preexec_fn=lambda: end_with_parent(launcher),
         )
 
-    def _wait(self, process: subprocess.Popen) -> int:
-        """Ctrl-C and scheduler signals reach the worker, which saves and ends; the launcher waits for that."""
+    def _follow(self, process: subprocess.Popen, log_file: BinaryIO) -> list[int]:
+        """Pass output on to its end, or to the end of the task where the worker stays; what was said of ends."""
+        ends = []
+        for line in process.stdout:
+            text, control, told = line.partition(CONTROL)
+            if text:
+                self._pass_on(text, log_file)
+            if control:
+                word, number = told.split()
+                if word == b"begin":
+                    self._signals.task_began(int(number))
+                else:
+                    ends.append(int(number))
+                    if self._forks:
+                        break
+        return ends
 
-        def forward(number: int, frame: object) -> None:
-            process.send_signal(number)
-
-        previous = {
-            number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        }
-        try:
-            return process.wait()
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _pass_on(self, stream: IO[bytes], log_file: IO[bytes]) -> None:
-        for line in stream:
-            log_file.write(line)
-            log_file.flush()
-            sys.stderr.buffer.write(line)
-            sys.stderr.flush()
-            self.last_lines.append(line.decode(errors="replace").rstrip())
+    def _pass_on(self, text: bytes, log_file: BinaryIO) -> None:
+        log_file.write(text)
+        log_file.flush()
+        sys.stderr.buffer.write(text)
+        sys.stderr.flush()
+        self.last_lines.append(text.decode(errors="replace").rstrip())
 
 
 def process_count(config: RunConfig) -> int:
@@ -123,9 +160,7 @@ def process_count(config: RunConfig) -> int:
     count = config.parallel.processes_per_node
     if count != "auto":
         return count
-    if config.parallel.device == "cpu":
-        return 1
-    return max(1, _visible_gpus())
+    return 1 if config.parallel.device == "cpu" else max(1, visible_gpus())
 
 
 def threads_per_process(config: RunConfig, processes: int) -> int:
@@ -133,7 +168,7 @@ def threads_per_process(config: RunConfig, processes: int) -> int:
     return config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // processes)
 
 
-def _visible_gpus() -> int:
+def visible_gpus() -> int:
     """GPUs by device files, so that the launcher need not load the driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
@@ -141,5 +176,18 @@ def _visible_gpus() -> int:
     return sum(1 for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit())
 
 
-def _end_with_parent() -> None:
+def end_with_parent(parent: int) -> None:
+    """Have the kernel send SIGTERM to this process when its parent, of this process id, is gone."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a worker at once; a task that it has forked gets SIGTERM by that, and saves."""
+    process.kill()
+    process.wait()
+    # Closing flushes what a worker that is gone can no longer read.
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    process.stdout.close()

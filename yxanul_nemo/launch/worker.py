@@ -1,11 +1,14 @@
-"""A process that does one task of a run: `python -m yxanul_nemo.launch.worker RUN_DIR TASK [--phase N] [--standby]`.
+"""A process for the tasks of a run: `python -m yxanul_nemo.launch.worker RUN_DIR [TASK] [--fork]`.
 
-The launcher starts the next worker with --standby while the present one is still at work: it imports what it needs, touches
-neither GPU nor files, and begins when a line arrives on its standard input; if that closes instead, it ends.
+With a TASK (phase-01, validate, export) it does that one. Without, it imports what tasks need, touching neither GPU nor
+files, and waits for a task's name on its standard input; with --fork it does each one in a forked process and stays.
+It tells the launcher on its standard output, beside the log, where a task begins and how it ends (`processes.CONTROL`).
 """
 
 import argparse
 import logging
+import os
+import signal
 import sys
 import traceback
 import warnings
@@ -14,6 +17,7 @@ from pathlib import Path
 from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.launch.processes import CONTROL, Task, end_with_parent
 from yxanul_nemo.log import configure_logging
 
 NOISY_LOGGERS = (
@@ -31,47 +35,86 @@ def main() -> int:
     """Exit code: 0 done or stopped on request, 2 the user's mistake, 1 our own failure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("task", choices=["train", "validate", "export"])
-    parser.add_argument("--phase", type=int, default=0)
-    parser.add_argument("--standby", action="store_true")
+    parser.add_argument("task", nargs="?")
+    parser.add_argument("--fork", action="store_true")
     arguments = parser.parse_args()
+    end_with_parent(os.getppid())
     configure_logging()
     quiet_libraries()
-    prepare(arguments.task)
+    import yxanul_nemo.training.session  # noqa: F401 - most of the time that a short task takes
+
     quiet_libraries()
-    if arguments.standby and not sys.stdin.readline():
-        return 0
-    try:
-        run(load_run_config(arguments.run_dir / "config.yaml"), arguments.task, arguments.phase)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception:  # noqa: BLE001 - the last frame: everything else is our failure and ends with its traceback
-        traceback.print_exc()
-        return 1
+    if arguments.task is not None:
+        return do(arguments.run_dir, Task.named(arguments.task))
+    for line in sys.stdin:
+        task = Task.named(line.strip())
+        if not arguments.fork:
+            return do(arguments.run_dir, task)
+        do_in_fork(arguments.run_dir, task)
     return 0
 
 
-def prepare(task: str) -> None:
-    """Import what the task needs; this is most of the time that a short task takes."""
-    import yxanul_nemo.training.session
+def do_in_fork(run_dir: Path, task: Task) -> None:
+    """Do a task in a process of its own, which has all imports from this one, and tell how it ended."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            end_with_parent(parent)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            code = do(run_dir, task, tells_end=False)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    # Signals are the task's: a scheduler may send them to every process, and this one must live to tell the end.
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGUSR1)}
+    previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(pid, number))
+    _, status = os.waitpid(pid, 0)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    tell(f"end {os.waitstatus_to_exitcode(status)}")
 
-    if task == "export":
-        import yxanul_nemo.export.export
 
-    del yxanul_nemo
+def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
+    """Do a task, with its begin and end told; returns the exit code."""
+    try:
+        run(load_run_config(run_dir / "config.yaml"), task)
+        code = 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except Exception:  # noqa: BLE001 - the last frame: everything else is our failure and ends with its traceback
+        traceback.print_exc()
+        code = 1
+    if tells_end:
+        tell(f"end {code}")
+    return code
 
 
-def run(config: RunConfig, task: str, phase: int) -> None:
+def tell(what: str) -> None:
+    """Say something to the launcher, in one write so that ranks cannot mix their words."""
+    os.write(1, CONTROL + what.encode() + b"\n")
+
+
+def run(config: RunConfig, task: Task) -> None:
     """Do the task."""
-    if task == "train":
+    if task.kind == "train":
         from yxanul_nemo.training.session import PhaseSession
         from yxanul_nemo.training.signals import StopRequest
 
         stop = StopRequest()
         stop.install()
-        PhaseSession(config, phase).run(stop)
-    elif task == "validate":
+        tell(f"begin {os.getpid()}")
+        PhaseSession(config, task.phase).run(stop)
+        return
+    tell(f"begin {os.getpid()}")
+    if task.kind == "validate":
         from yxanul_nemo.validation.stage import validate_checkpoint
 
         validate_checkpoint(config)

@@ -1,73 +1,118 @@
-"""The model's face to NeMo: a `ModelPT` that writes and reads `.nemo` files (NeMo 1 style: a tar of configuration, weights, tokenizer).
+"""The model's face to NeMo: a `ModelPT` that writes and reads `.nemo` files (a tar of configuration, weights, tokenizer).
 
-NeMo 3.0 instantiates only targets in its own namespaces; restoring through this class is the sanctioned way around that guard
-for one class, without opening it for others.
+NeMo 3.0 instantiates only targets in its own namespaces. Restoring through this class is the sanctioned way around that guard
+for one class; `ModelPT.restore_from`, which would take the class from the file, goes on refusing it.
 """
 
-import shutil
+import logging
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from nemo.core import ModelPT
-from nemo.core.connectors.save_restore_connector import SaveRestoreConnector
-from omegaconf import DictConfig, OmegaConf
+from megatron.core import parallel_state
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.config.model import ModelConfig
+from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.safe_config import read_config
-from yxanul_nemo.export.safe_tar import safe_extract
-from yxanul_nemo.model.build import build_model, reference_precision
+from yxanul_nemo.export.safe_config import check_config, read_config
+from yxanul_nemo.model.build import build_model
+from yxanul_nemo.model.nemo_archive import (
+    TARGET,
+    TOKENIZER_FILES,
+    NemoArchive,
+    NemoConfig,
+    TokenizerPart,
+    load_tokenizer,
+    open_archive,
+    parse_config,
+    read_weights,
+    unprefixed,
+)
+from yxanul_nemo.model.whole_weights import load_whole_weights
 
-CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model")
-ALLOWED_MEMBERS = (CONFIG_MEMBER, WEIGHTS_MEMBER, *(f"*_{name}" for name in TOKENIZER_FILES))
-EXTRA_STATE = "_extra_state"
+# NeMo's telemetry reports on import that it is off.
+logging.getLogger("nv_one_logger").setLevel(logging.ERROR)
+from nemo.core import ModelPT  # noqa: E402
+from nemo.core.connectors.save_restore_connector import SaveRestoreConnector  # noqa: E402
+from nemo.utils import logging as nemo_logging  # noqa: E402
+
+
+class LoadResult(NamedTuple):
+    """What `load_state_dict` of torch returns; both lists are empty here, as anything else is an error."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
 
 
 class YxanulModel(ModelPT):
     """A trained GPT with its tokenizer. `forward` gives logits or losses as `YxanulGPT` does.
 
+    It computes in FP32 with plain torch layers, on a CPU or a GPU. If Megatron-core's model parallelism is initialized, each
+    tensor-parallel rank holds its part; otherwise the process is alone.
+
     Args:
-        cfg: `gpt` (a ModelConfig), `vocab_size`, `tokenizer_fingerprint`, and `tokenizer_files` (name -> path).
+        cfg: a `NemoConfig` as a dictionary, its tokenizer's files being paths.
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer | None = None):
         super().__init__(cfg, trainer)
-        self.shape = ModelConfig.model_validate(OmegaConf.to_container(cfg.gpt))
-        precision, parallel = reference_precision()
-        self.gpt = build_model(self.shape, int(cfg.vocab_size), precision, parallel, seed=0)
-        self.tokenizer = self._register_tokenizer(cfg)
+        described = parse_config(OmegaConf.to_container(cfg), "cfg")
+        parallel_size = (
+            parallel_state.get_tensor_model_parallel_world_size()
+            if parallel_state.model_parallel_is_initialized()
+            else 1
+        )
+        parallel = ParallelConfig(device="cpu", layer_spec="torch", tensor_parallel=parallel_size)
+        self.gpt = build_model(described.gpt, described.vocab_size, PrecisionConfig(name="fp32"), parallel, seed=0)
+        files = {key: Path(path) for key, path in described.tokenizer.files.items()}
+        self.tokenizer: Tokenizer = load_tokenizer(described.tokenizer, files, "cfg")
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor:
         """Logits [B, T, vocab_size], or the loss of each label [B, T]."""
         return self.gpt(ids_BT, labels_BT)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Weights only: Megatron-core's `_extra_state` is no tensor, and NeMo reads weights with an unpickler that takes only tensors."""
-        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if not k.endswith(EXTRA_STATE)}
+        """Weights only: Megatron-core's `_extra_state` is no tensor, and a `.nemo` file is read as tensors alone."""
+        return {k: v for k, v in super().state_dict(*args, **kwargs).items() if isinstance(v, Tensor)}
 
-    def load_state_dict(self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False) -> Any:
-        """Load all weights; a missing, unknown or misshapen one is an error that names it, whatever `strict` says."""
-        expected = self.state_dict()
-        problems = [f"lacks '{name}'" for name in expected if name not in state_dict]
-        problems += [f"has the unknown '{name}'" for name in state_dict if name not in expected]
-        problems += [
-            f"has '{name}' as {list(state_dict[name].shape)} instead of {list(weight.shape)}"
-            for name, weight in expected.items()
-            if name in state_dict and state_dict[name].shape != weight.shape
-        ]
-        if problems:
-            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-            raise UserError("model_weights.ckpt", "; ".join(problems[:3]) + more, "the weights that model_config.yaml describes")
-        with torch.no_grad():
-            for name, weight in expected.items():
-                weight.copy_(state_dict[name])
-        return [], []
+    def load_state_dict(
+        self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> LoadResult:
+        """Copy whole weights into the model, or into this rank's part of it.
+
+        A missing, unknown or misshapen weight is an error whatever `strict` says, as a model with some random weights is
+        none. `assign` has no effect either: the model keeps its own tensors, on its device.
+
+        Raises:
+            UserError: names what is missing, unknown or misshapen.
+        """
+        load_whole_weights(self.gpt, unprefixed(state_dict, "state_dict"), "state_dict")
+        return LoadResult([], [])
+
+    def save_to(self, save_path: str) -> None:
+        """Write a `.nemo` file, the tokenizer included; UserError on a rank that holds only a part of the model."""
+        if self.gpt.config.tensor_model_parallel_size > 1:
+            raise UserError(
+                "save_to",
+                f"the model is split over {self.gpt.config.tensor_model_parallel_size} ranks",
+                "a model restored in one process",
+            )
+        with tempfile.TemporaryDirectory() as scratch:
+            self.tokenizer.save(Path(scratch))
+            part = tokenizer_part(self.tokenizer, Path(scratch))
+            self.artifacts = {}
+            with open_dict(self.cfg):
+                self.cfg.tokenizer = part.model_dump(exclude_none=True)
+            for key, path in part.files.items():
+                self.register_artifact(f"tokenizer.{key}", path)
+            super().save_to(save_path)
 
     @classmethod
     def from_config_dict(cls, config: DictConfig, trainer: Trainer | None = None) -> "YxanulModel":
@@ -75,23 +120,51 @@ class YxanulModel(ModelPT):
         return cls(cfg=config, trainer=trainer)
 
     @classmethod
-    def restore_from(cls, restore_path: str, *args: Any, **kwargs: Any) -> "YxanulModel":
+    def restore_from(
+        cls,
+        restore_path: str,
+        override_config_path: DictConfig | str | None = None,
+        map_location: torch.device | None = None,
+        strict: bool = True,
+        return_config: bool = False,
+        save_restore_connector: SaveRestoreConnector | None = None,
+        trainer: Trainer | None = None,
+        validate_access_integrity: bool = True,
+    ) -> "YxanulModel | DictConfig":
         """`ModelPT.restore_from` on an archive that is unpacked and checked first.
+
+        Args:
+            restore_path: a `.nemo` file.
+            override_config_path: a configuration, or a YAML file with one, in place of the archive's; `return_config` gives one
+                to start from. The weights must still fit.
+            map_location: device; by default the GPU where there is one, as NeMo has it.
+            strict: without effect; weights are always complete.
+            return_config: return the configuration and build nothing.
+            save_restore_connector: without effect; the one used reads tensors only.
+            trainer: passed to the constructor.
+            validate_access_integrity: as NeMo has it.
 
         Raises:
             UserError: no such file, an unsafe or damaged archive, or weights or tokenizer that don't belong to its configuration.
         """
-        path = Path(restore_path)
-        if not path.is_file():
-            raise UserError(path, "does not exist", "a .nemo file")
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch) / "nemo"
-            safe_extract(path, folder, ALLOWED_MEMBERS)
-            check_nemo_config(path, folder / CONFIG_MEMBER)
-            connector = TensorsOnlyConnector()
-            connector.model_extracted_dir = str(folder)
-            kwargs["save_restore_connector"] = connector
-            return super().restore_from(str(path), *args, **kwargs)
+        with open_archive(Path(restore_path)) as archive:
+            described = archive.config
+            if override_config_path is not None:
+                described = _override(override_config_path)
+            config = described.model_dump(exclude_none=True)
+            if return_config:
+                return OmegaConf.create(config)
+            unpacked = {key: str(path) for key, path in archive.tokenizer_files().items()}
+            for key, value in described.tokenizer.files.items():
+                config["tokenizer"][key] = unpacked[key] if value == archive.config.tokenizer.files.get(key) else value
+            return super().restore_from(
+                restore_path,
+                override_config_path=OmegaConf.create(config),
+                map_location=map_location,
+                save_restore_connector=TensorsOnlyConnector(archive),
+                trainer=trainer,
+                validate_access_integrity=validate_access_integrity,
+            )
 
     @classmethod
     def list_available_models(cls) -> list:
@@ -106,50 +179,45 @@ class YxanulModel(ModelPT):
         """Validation belongs to the launcher."""
         raise UserError("validation_ds", "is set", "none", "Validate with `python launcher.py stage=validate`.")
 
-    def _register_tokenizer(self, cfg: DictConfig) -> Tokenizer:
-        """Make the files artifacts of the archive, and load them under their own names, which the archive changes."""
-        with tempfile.TemporaryDirectory() as scratch:
-            for key, source in cfg.tokenizer_files.items():
-                name = key.replace("__", ".")
-                shutil.copyfile(self.register_artifact(f"tokenizer_files.{key}", source), Path(scratch) / name)
-            tokenizer = Tokenizer.load(Path(scratch))
-            # Read what is needed from disk before the folder goes.
-            fingerprint = tokenizer.fingerprint
-        if fingerprint != cfg.tokenizer_fingerprint:
-            raise UserError(
-                "tokenizer", f"has the fingerprint {fingerprint[:16]}", f"{cfg.tokenizer_fingerprint[:16]}, which the model was trained with"
-            )
-        return tokenizer
-
 
 class TensorsOnlyConnector(SaveRestoreConnector):
-    """Reads weights with weights_only=True in any case; NeMo's own obeys TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD (nemo_toolkit 3.0)."""
+    """NeMo's restoring from a checked archive, with weights read as tensors alone.
 
-    @staticmethod
-    def _load_state_dict_from_disk(model_weights: str, map_location: Any = "cpu") -> dict[str, Tensor]:
-        return torch.load(model_weights, map_location=map_location, weights_only=True)
+    The method is private in nemo_toolkit 3.0 and the only place where its reader can be replaced; NeMo's own obeys
+    TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD.
+    """
 
+    def __init__(self, archive: NemoArchive):
+        super().__init__()
+        self.model_extracted_dir = str(archive.folder)
+        self._archive_path = archive.path
 
-def nemo_config(model: ModelConfig, vocab_size: int, tokenizer_folder: Path) -> DictConfig:
-    """The configuration of a YxanulModel for a model and a folder with its tokenizer."""
-    files = {
-        name.replace(".", "__"): str(tokenizer_folder / name) for name in TOKENIZER_FILES if (tokenizer_folder / name).is_file()
-    }
-    return OmegaConf.create(
-        {
-            "gpt": model.model_dump(),
-            "vocab_size": vocab_size,
-            "tokenizer_fingerprint": Tokenizer.load(tokenizer_folder).fingerprint,
-            "tokenizer_files": files,
-        }
-    )
+    def _load_state_dict_from_disk(self, model_weights: str, map_location: Any = "cpu") -> dict[str, Tensor]:
+        return read_weights(Path(model_weights), f"{self._archive_path} ({Path(model_weights).name})")
 
 
-def check_nemo_config(archive: Path, path: Path) -> None:
-    """Refuse a configuration that would make NeMo or Hydra instantiate anything but this class."""
-    if not path.is_file():
-        raise UserError(archive, f"holds no {CONFIG_MEMBER}", "a .nemo file written by stage=export")
-    loaded = read_config(path, allowed_targets=(f"{YxanulModel.__module__}.{YxanulModel.__qualname__}",))
-    for key in ("gpt", "vocab_size", "tokenizer_fingerprint", "tokenizer_files"):
-        if key not in loaded:
-            raise UserError(archive, f"has no '{key}' in its {CONFIG_MEMBER}", "a .nemo file written by stage=export")
+def nemo_config(model: ModelConfig, vocab_size: int, tokenizer: Tokenizer, tokenizer_folder: Path) -> DictConfig:
+    """The configuration of a YxanulModel for a model and its tokenizer, which is saved in `tokenizer_folder`."""
+    described = NemoConfig(gpt=model, vocab_size=vocab_size, tokenizer=tokenizer_part(tokenizer, tokenizer_folder))
+    return OmegaConf.create(described.model_dump(exclude_none=True))
+
+
+def tokenizer_part(tokenizer: Tokenizer, folder: Path) -> TokenizerPart:
+    """A saved tokenizer as the configuration describes it, with the paths of its files."""
+    files = {key: str(folder / name) for key, name in TOKENIZER_FILES.items() if (folder / name).is_file()}
+    return TokenizerPart(fingerprint=tokenizer.fingerprint, library=tokenizer.library, **files)
+
+
+@contextmanager
+def quiet_nemo() -> Iterator[None]:
+    """NeMo tells of each step on standard output; in a stage, only its errors are of interest."""
+    with nemo_logging.temp_verbosity(nemo_logging.ERROR):
+        yield
+
+
+def _override(source: DictConfig | str) -> NemoConfig:
+    if isinstance(source, str | Path):
+        return parse_config(read_config(Path(source), allowed_targets=(TARGET,)), source)
+    plain = OmegaConf.to_container(source, resolve=True)
+    check_config(plain, allowed_targets=(TARGET,), where="override_config_path")
+    return parse_config(plain, "override_config_path")

@@ -7,21 +7,31 @@ from typing import Any
 import lightning.pytorch as pl
 
 from yxanul_nemo.log import logger
-from yxanul_nemo.training.module import PhaseModule
+from yxanul_nemo.training.agreement import any_rank
+from yxanul_nemo.training.module import MAX_SKIPPED_IN_A_ROW, PhaseModule
 from yxanul_nemo.training.signals import StopRequest
 
 
-class Recorder(pl.Callback):
-    """Every `every_steps` steps, one record to Lightning's loggers and one line to the log; the step axis is tokens."""
+class BetweenSteps(pl.Callback):
+    """After each step of all ranks.
 
-    def __init__(self, every_steps: int, world_size: int):
-        self.every_steps, self.world_size = every_steps, world_size
-        self._batch_end = time.perf_counter()
+    Every `every_steps` steps, one record to Lightning's loggers and one line to the log; the step axis is tokens. Every
+    `every_tokens` tokens, at the end of the phase and on a request to stop, a checkpoint, and a record before it: so the
+    records of a resumed run are about each step exactly once.
+    """
+
+    def __init__(
+        self, every_steps: int, every_tokens: float, save: Callable[[PhaseModule, bool], None], stop: StopRequest
+    ):
+        self.every_steps, self.every_tokens, self.save, self.stop = every_steps, every_tokens, save, stop
 
     def on_train_start(self, trainer: pl.Trainer, module: PhaseModule) -> None:
-        """Start the clock after everything is set up."""
+        """Start the clock after everything is set up; count tokens from where this process begins."""
+        # Lightning 2.4 has put a handler of its own before ours, which ends training with an exception.
+        self.stop.install()
         module.meter.restart()
         self._batch_end = time.perf_counter()
+        self._saved_at = module.tokens_total
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: PhaseModule, batch: Any, batch_idx: int) -> None:
         """Time since the last batch was spent waiting for data."""
@@ -30,54 +40,41 @@ class Recorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: PhaseModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Record if it is time to, or if this is the phase's last step."""
-        last = module.steps_done == module.phase.steps
-        if module.steps_done % self.every_steps == 0 or last:
-            record = module.meter.record()
-            record |= {
-                "phase": module.phase.number,
-                "seq_len": module.phase.seq_len,
-                "step_in_phase": module.steps_done,
-                "learning_rate": module.last_lr,
-                "grad_clip": module.phase.grad_clip,
-                "time_unix": time.time(),
-            }
-            for sink in trainer.loggers:
-                sink.log_metrics(record, step=module.tokens_total)
-            if trainer.is_global_zero:
-                logger.info("%s", _line(module, record))
+        """Record and save where due."""
+        stop = any_rank(bool(self.stop))
+        finished = module.steps_done == module.phase.steps
+        saves = finished or stop or module.tokens_total - self._saved_at >= self.every_tokens
+        if saves or module.steps_done % self.every_steps == 0:
+            self._record(trainer, module)
+        if module.steps_done % min(self.every_steps, MAX_SKIPPED_IN_A_ROW) == 0:
             module.check_skips()
+        if saves:
+            began = time.perf_counter()
+            self.save(module, finished)
+            module.meter.pause(time.perf_counter() - began)
+            self._saved_at = module.tokens_total
+        trainer.should_stop = stop
         self._batch_end = time.perf_counter()
 
-
-class Saver(pl.Callback):
-    """A checkpoint every `every_tokens`; on a stop request, a checkpoint at once and the end of training."""
-
-    def __init__(self, save: Callable[[PhaseModule, bool], None], every_tokens: float, stop: StopRequest):
-        self.save, self.every_tokens, self.stop = save, every_tokens, stop
-        self._saved_at: int | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, module: PhaseModule) -> None:
-        """Count from where this process began."""
-        self._saved_at = module.tokens_total
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: PhaseModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Save where due; the end of the phase is always saved."""
-        finished = module.steps_done == module.phase.steps
-        due = module.tokens_total - self._saved_at >= self.every_tokens
-        if finished or due or self.stop:
-            self.save(module, finished)
-            self._saved_at = module.tokens_total
-        if self.stop and not finished:
-            trainer.should_stop = True
+    def _record(self, trainer: pl.Trainer, module: PhaseModule) -> None:
+        record = module.meter.record() | {
+            "phase": module.phase.number,
+            "seq_len": module.phase.seq_len,
+            "step_in_phase": module.steps_done,
+            "learning_rate": module.last_lr,
+            "grad_clip": module.phase.grad_clip,
+            "time_unix": time.time(),
+        }
+        for sink in trainer.loggers:
+            sink.log_metrics(record, step=module.tokens_total)
+        logger.info("%s", _line(module, record))
 
 
 def _line(module: PhaseModule, record: dict[str, float]) -> str:
     done, planned = module.steps_done, module.phase.steps
+    skipped = f" {record['skipped_steps']} skipped" if record["skipped_steps"] else ""
     return (
         f"phase {module.phase.number} seq {module.phase.seq_len:>4} step {done:>5}/{planned} "
         f"loss {record['loss_nats_per_token']:.4f} bpb {record['bits_per_byte']:.4f} lr {record['learning_rate']:.2e} "
-        f"norm {record['grad_norm']:.2f} {record['tokens_per_second']:,.0f} tok/s {module.tokens_total:,} tokens"
+        f"norm {record['grad_norm']:.2f} {record['tokens_per_second']:,.0f} tok/s {module.tokens_total:,} tokens{skipped}"
     )

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.files import write_text_atomic
 from yxanul_nemo.log import logger as log
 
@@ -43,7 +44,7 @@ class StepMeter:
     def restart(self) -> None:
         """Begin a new interval now."""
         self.began = time.perf_counter()
-        self.data_wait_seconds = 0.0
+        self.data_wait_seconds = self.save_seconds = 0.0
         self.steps = self.tokens = 0
         self.loss_sum: Any = 0.0
         self.applied_sum: Any = 0
@@ -60,8 +61,16 @@ class StepMeter:
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * (~applied).long()
         self.grad_norm = grad_norm
 
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was just spent on a checkpoint; it is recorded on its own."""
+        self.began += seconds
+        self.save_seconds += seconds
+
     def record(self) -> dict[str, float]:
-        """Means over the interval's applied steps; the gradient norm is that of the last step. Starts the next interval."""
+        """Means over the interval's applied steps; the gradient norm is that of the last step. Starts the next interval.
+
+        Speeds are those of training: waiting for a checkpoint is `save_seconds`, in the record after it.
+        """
         applied = int(self.applied_sum)
         loss = float(self.loss_sum) / applied if applied else math.nan
         grad_norm = float(self.grad_norm)
@@ -70,11 +79,13 @@ class StepMeter:
             "loss_nats_per_token": loss,
             "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
             "grad_norm": grad_norm,
+            "steps": self.steps,
             "skipped_steps": self.steps - applied,
             "tokens_per_second": self.tokens / seconds,
             "model_flops_per_second": self.tokens * self.flops_per_token / seconds,
             "seconds_per_step": seconds / self.steps,
             "data_wait_share": self.data_wait_seconds / seconds,
+            "save_seconds": self.save_seconds,
         }
         self.restart()
         return values
@@ -110,8 +121,8 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append a record."""
-        with open(self.path, "a", encoding="utf-8") as handle:
-            finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with disk_errors(self.path, "writing metrics"), open(self.path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"tokens_total": step, **finite}) + "\n")
 
     @rank_zero_only
@@ -120,18 +131,19 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def _drop_after(self, tokens: int) -> None:
-        if not self.path.exists():
-            return
-        kept, dropped = [], 0
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                keep = json.loads(line)["tokens_total"] <= tokens
-            except (ValueError, KeyError, TypeError):
-                keep = False
-            if keep:
-                kept.append(line)
-            else:
-                dropped += 1
-        if dropped:
-            log.info("dropping %d metrics records after %s tokens, which are trained again", dropped, f"{tokens:,}")
-            write_text_atomic(self.path, "".join(line + "\n" for line in kept))
+        with disk_errors(self.path, "reading metrics"):
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        lines = text.splitlines(keepends=True)
+        kept = [line for line in lines if self._is_record_until(line, tokens)]
+        if len(kept) < len(lines):
+            log.info("dropping %d metrics records after %s tokens", len(lines) - len(kept), f"{tokens:,}")
+            with disk_errors(self.path, "writing metrics"):
+                write_text_atomic(self.path, "".join(kept))
+
+    @staticmethod
+    def _is_record_until(line: str, tokens: int) -> bool:
+        """False also for what a crash has left of a line."""
+        try:
+            return line.endswith("\n") and json.loads(line)["tokens_total"] <= tokens
+        except (ValueError, KeyError, TypeError):
+            return False

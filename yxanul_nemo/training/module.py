@@ -86,5 +86,5 @@ class PhaseModule(pl.LightningModule):
                 f"phase {self.phase.number}",
                 f"the gradient was not finite in {in_a_row} steps in a row (windows {first}-{last} of the phase)",
                 "training that converges",
-                "Lower optim.lr or the phase's lr_scale, or train in a wider precision; the last checkpoint is from before.",
+                "Lower optim.lr or the phase's lr_scale, or train in a wider precision; checkpoints hold the weights from before.",
             )

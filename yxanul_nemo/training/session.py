@@ -1,14 +1,15 @@
 """One phase in this process: build, resume, train, commit, validate."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import parallel_state
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from data_prep.indexed import IndexedTokens
@@ -26,13 +27,21 @@ from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.training.agreement import any_rank, failing_together, from_first_rank
 from yxanul_nemo.training.backend import Backend, make_backend
-from yxanul_nemo.training.callbacks import Recorder, Saver
+from yxanul_nemo.training.callbacks import BetweenSteps
 from yxanul_nemo.training.identity import expected_run, phase_plan
 from yxanul_nemo.training.metrics import JsonlLogger, StepMeter
 from yxanul_nemo.training.module import PhaseModule
-from yxanul_nemo.training.phases import Phase, batch_layout, check_enough_tokens, plan_phases, total_tokens
-from yxanul_nemo.training.signals import StopRequest
+from yxanul_nemo.training.phases import (
+    Phase,
+    batch_layout,
+    check_enough_tokens,
+    plan_phases,
+    source_sizes,
+    total_tokens,
+)
+from yxanul_nemo.training.signals import StopNow, StopRequest
 from yxanul_nemo.validation.record import phase_result_path
 from yxanul_nemo.validation.stage import validate_model
 from yxanul_nemo.validation.table import table
@@ -53,7 +62,7 @@ class PhaseSession:
     def __init__(self, config: RunConfig, number: int):
         self.config = config
         self.manifest = load_manifest(config.data_dir)
-        self.sizes = {name: self.manifest.sources[name].tokens("train") for name in config.data.source_names}
+        self.sizes = source_sizes(config, self.manifest)
         self.phases = plan_phases(config.curriculum)
         check_enough_tokens(config, self.phases, self.sizes)
         self.phase: Phase = self.phases[number - 1]
@@ -70,27 +79,41 @@ class PhaseSession:
         self.backend: Backend = make_backend(model, config, self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         micro_batch_size, accumulation = batch_layout(
-            self.phase, parallel_state.get_data_parallel_world_size(), config.parallel.micro_batch_tokens
+            self.phase,
+            parallel_state.get_data_parallel_world_size(),
+            config.parallel.micro_batch_tokens,
+            config.precision.token_multiple,
         )
         self.layout = BatchLayout(micro_batch_size, accumulation, parallel_state.get_data_parallel_world_size())
         self.backend.prepare(micro_batch_size, accumulation, self.phase.seq_len)
+        self.checkpoint: Checkpoint | None = None
+        """The one whose state the model holds, unless it has been trained since."""
         self.ledger = self._resume()
         self.windows = self._windows()
 
     def run(self, stop: StopRequest) -> bool:
-        """Train to the end of the phase and validate; True if the phase is complete, False if stopped on request."""
+        """Train to the end of the phase and validate; True if all of that is done, False if stopped on request."""
         first_step = self.ledger.phase_tokens // self.phase.tokens_per_step
         if first_step < self.phase.steps:
             module = self._train(first_step, stop)
-            if module.steps_done < self.phase.steps:
-                logger.info("stopped by %s at %s tokens, saved", stop.reason, f"{module.tokens_total:,}")
+            if module.steps_done < self.phase.steps or any_rank(bool(stop)):
+                logger.info("stopped by %s at %s tokens, saved", stop.reason or "a rank", f"{module.tokens_total:,}")
                 return False
-        self._validate()
+        try:
+            with stop.at_once():
+                self._validate()
+        except StopNow:
+            logger.info("stopped by %s before the end of validation", stop.reason)
+            return False
         return True
 
     def _resume(self) -> Ledger:
+        number = self.phase.number
         expected = expected_run(self.config, self.manifest, self.phases)
-        checkpoint = self.store.newest_good()
+        checkpoint = from_first_rank(self.store.newest_good)
+        if checkpoint is not None and checkpoint.phase > number:
+            # The phase was trained; what may be missing is its validation.
+            checkpoint = from_first_rank(lambda: self.store.newest_good(phase_end_of=number)) or checkpoint
         if checkpoint is None:
             ledger = Ledger.fresh(expected)
         else:
@@ -98,7 +121,6 @@ class PhaseSession:
                 expected, self.config.checkpoint.allow_mismatch, where=checkpoint.path
             )
             self._load(checkpoint)
-        number = self.phase.number
         if ledger.phase == number:
             return ledger.with_layout(self.layout.micro_batch_size, self.world_size)
         if ledger.phase != number - 1 or (ledger.current is not None and not ledger.current.finished):
@@ -113,6 +135,7 @@ class PhaseSession:
     def _load(self, checkpoint: Checkpoint) -> None:
         ShardReader(checkpoint.path).load_into(self._state())
         self.backend.after_load()
+        self.checkpoint = checkpoint
         logger.info("loaded %s (%s tokens)", checkpoint.path, f"{checkpoint.tokens:,}")
 
     def _state(self) -> dict[str, Any]:
@@ -158,12 +181,11 @@ class PhaseSession:
         trainer = pl.Trainer(
             accelerator="gpu" if self.device == "cuda" else "cpu",
             strategy=SingleDeviceStrategy(device=self._torch_device()),
+            # Not the scheduler's environment, which Lightning would check and requeue jobs in.
+            plugins=[LightningEnvironment()],
             max_epochs=1,
             logger=self._loggers(),
-            callbacks=[
-                Recorder(config.logging.every_steps, self.world_size),
-                Saver(self._save, config.checkpoint.every_tokens, stop),
-            ],
+            callbacks=[BetweenSteps(config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -182,21 +204,21 @@ class PhaseSession:
             return []
         sinks: list[Any] = [JsonlLogger(self.config.run.dir, self.ledger.tokens_total)]
         if self.config.logging.tensorboard:
-            sinks.append(TensorBoardLogger(self.config.run.dir, name="tensorboard", version=""))
+            # Steps after the checkpoint are trained again; purge_step keeps them from standing there twice.
+            first = self.ledger.tokens_total + 1
+            sinks.append(TensorBoardLogger(self.config.run.dir, name="tensorboard", version="", purge_step=first))
         return sinks
 
     def _save(self, module: PhaseModule, finished: bool) -> None:
         """Commit a checkpoint: every rank writes its shards, the first one the ledger and the manifest."""
         ledger = module.ledger()
-        places: list[Path | None] = [self.store.begin(ledger.tokens_total) if self.rank == 0 else None]
-        dist.broadcast_object_list(places, src=0)
-        save_shards(self._state(), places[0], self.rank)
-        dist.barrier()
-        if self.rank == 0:
-            (places[0] / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-            committed = self.store.commit(places[0], ledger, phase_end=finished)
-            logger.info("saved %s", committed.path)
-        dist.barrier()
+        temporary = from_first_rank(lambda: self.store.begin(ledger.tokens_total))
+        with failing_together(), self.store.writing(temporary, SafetensorError):
+            save_shards(self._state(), temporary, self.rank)
+            if self.rank == 0:
+                (temporary / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
+        self.checkpoint = from_first_rank(lambda: self.store.commit(temporary, ledger, phase_end=finished))
+        logger.info("saved %s", self.checkpoint.path)
 
     def _bytes_per_token(self) -> float:
         ratios = [
@@ -209,12 +231,12 @@ class PhaseSession:
         return training_flops_per_token(self.config.model, self.manifest.vocab_size, self.phase.seq_len)
 
     def _validate(self) -> None:
-        path = phase_result_path(self.config.run.dir, self.phase.number)
-        checkpoint = self.store.newest_good(phase_end_of=self.phase.number)
-        assert checkpoint is not None, "the phase's end was just committed"
+        checkpoint = self.checkpoint
+        assert checkpoint is not None and checkpoint.phase_end, "the phase's end was just saved or loaded"
         result = validate_model(self.config, self.manifest, self.backend.model, checkpoint, self.device)
         if self.rank == 0:
-            write_json_atomic(path, result)
             self.store.mark_best(checkpoint, "mean_bits_per_byte", result["mean_bits_per_byte"])
+            # Last, because the phase counts as done by it.
+            write_json_atomic(phase_result_path(self.config.run.dir, self.phase.number), result)
             logger.info("validation after phase %d:\n%s", self.phase.number, table(result))
         dist.barrier()

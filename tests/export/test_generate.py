@@ -1,0 +1,253 @@
+"""Generation: the same text from every source, sampling, streaming, and the user's mistakes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from data_prep.manifest import load_manifest
+from data_prep.tokenizer import Tokenizer
+from tests.export.conftest import MakeRun
+from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.export import generate as module
+from yxanul_nemo.export.export import export_checkpoint
+from yxanul_nemo.export.generate import Loaded, TextStream, generate, generate_with, load_source
+from yxanul_nemo.export.hf_folder import open_hf_folder
+from yxanul_nemo.export.llama import build_llama
+from yxanul_nemo.model.build import reference_precision
+from yxanul_nemo.training.restore import restore_model
+
+PROMPT = "The list"
+
+
+@pytest.fixture(scope="module")
+def sources(exported: tuple[RunConfig, Checkpoint], make_run: MakeRun) -> dict[str, Path]:
+    config, checkpoint = exported
+    factorized, _ = make_run("export.formats=[hf]", "export.factorized=true")
+    export_checkpoint(factorized)
+    return {
+        "run": config.run.dir,
+        "checkpoint": checkpoint.path,
+        "nemo": config.run.dir / "export" / "model.nemo",
+        "hf": config.run.dir / "export" / "hf",
+        "factorized": factorized.run.dir / "export" / "hf",
+    }
+
+
+@pytest.fixture(scope="module")
+def loaded(sources: dict[str, Path]) -> Loaded:
+    return load_source(sources["hf"], device="cpu")
+
+
+@torch.no_grad()
+def most_likely_text(config: RunConfig, checkpoint: Checkpoint, tokens: int) -> str:
+    """Megatron-core's model without a cache, after the end of the document before and the prompt."""
+    manifest, tokenizer = load_manifest(config.data_dir), Tokenizer.load(config.run.dir / "tokenizer")
+    model = restore_model(config, checkpoint, manifest.vocab_size, *reference_precision())
+    ids = [manifest.eos_id, *tokenizer.encode(PROMPT).tolist()]
+    begin = len(ids)
+    for _ in range(tokens):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == manifest.eos_id:
+            return tokenizer.decode(ids[begin:-1])
+    return tokenizer.decode(ids[begin:])
+
+
+def test_every_source_gives_the_checkpoints_most_likely_text(
+    exported: tuple[RunConfig, Checkpoint], sources: dict[str, Path]
+) -> None:
+    expected = most_likely_text(*exported, 64)
+    assert len(set(expected)) > 20, "a text in which something happens"
+    for name, source in sources.items():
+        pieces: list[str] = []
+        written = generate(source, PROMPT, 64, temperature=0, device="cpu", write=pieces.append)
+        assert written.text == expected, name
+        assert "".join(pieces) == expected
+        assert len(pieces) > 1, "it comes in pieces"
+
+
+def test_the_seed_decides_what_is_sampled(loaded: Loaded) -> None:
+    def sample(seed: int, temperature: float = 1.5, top_p: float = 1.0) -> str:
+        return generate_with(loaded, PROMPT, 40, temperature, top_p, seed).text
+
+    state = torch.random.get_rng_state()
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) == 4
+    assert torch.equal(torch.random.get_rng_state(), state), "the caller's random numbers are not touched"
+    greedy = generate_with(loaded, PROMPT, 40, 0, 1.0, 0).text
+    assert sample(1, top_p=1e-6) == greedy, "with a tiny top_p only the most likely token is left"
+    assert sample(1, temperature=1e-4) == greedy
+
+
+def test_sampling_follows_the_models_probabilities(loaded: Loaded) -> None:
+    """First tokens over many seeds against softmax(logits / temperature), cut at top_p: nothing else (a top_k) interferes."""
+    tokenizer, temperature, top_p, draws = loaded.tokenizer, 4.0, 0.8, 400
+    ids = [tokenizer.eos_id, *tokenizer.encode(PROMPT).tolist()]
+    with torch.no_grad():
+        probabilities = (loaded.model(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
+    ordered, tokens = probabilities.sort(descending=True)
+    kept = int((ordered.cumsum(0) - ordered < top_p).sum())
+    allowed = {tokenizer.decode([token]) for token in tokens[:kept].tolist() if token != tokenizer.eos_id} | {""}
+    assert 60 < kept < 600, "more than transformers' usual top_k of 50"
+    seen = [generate_with(loaded, PROMPT, 1, temperature, top_p, seed).text for seed in range(draws)]
+    assert set(seen) <= allowed
+    assert len(set(seen)) > 50
+    top_share = (ordered[0] / ordered[:kept].sum()).item()
+    share = seen.count(tokenizer.decode(tokens[:1].tolist())) / draws
+    assert abs(share - top_share) < 5 * (top_share * (1 - top_share) / draws) ** 0.5
+
+
+def test_the_end_of_the_document_ends_the_text(sources: dict[str, Path]) -> None:
+    """A model that does nothing but to prefer the end: it stops at once, and the end is no part of the text."""
+    folder = open_hf_folder(sources["hf"])
+    weights, tokenizer = folder.weights(), folder.tokenizer()
+    for name, weight in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weight.zero_()
+    table = weights["model.embed_tokens.weight"]
+    table[:] = 0.01
+    table[tokenizer.eos_id] = 5.0
+    weights["model.norm.weight"].fill_(1.0)
+    ending = Loaded(build_llama(weights, folder.config), tokenizer, 128, "x")
+    assert generate_with(ending, PROMPT, 20, 0, 1.0, 0) == ("", 0)
+
+
+def test_text_comes_in_whole_characters(loaded: Loaded) -> None:
+    text = "a\u4f60\u597d \U0001f389 end \U0001f469\u200d\U0001f4bb"
+    ids = loaded.tokenizer.encode(text).tolist()
+    assert len(ids) > len(text), "characters are split over tokens"
+    pieces: list[str] = []
+    stream = TextStream(loaded.tokenizer, pieces.append)
+    stream.put(torch.tensor([[1, 2, 3]]))
+    for token in ids:
+        stream.put(torch.tensor([token]))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    # A character that never becomes whole is shown at the end.
+    stream.put(torch.tensor([ids[1]]))
+    assert stream.text == text
+    stream.end()
+    assert stream.text == text + "\ufffd"
+    assert stream.tokens == len(ids) + 1
+
+
+def test_the_context_is_never_exceeded(loaded: Loaded) -> None:
+    long = "word " * 60
+    used = 1 + len(loaded.tokenizer.encode(long))
+    assert used < 128
+    assert generate_with(loaded, long, 1000, 0, 1.0, 0).tokens <= 128 - used
+    with pytest.raises(
+        UserError, match=r"prompt: has [\d,]+ tokens; expected fewer than the 128 of the model's context"
+    ):
+        generate_with(loaded, "word " * 200, 10, 0, 1.0, 0)
+
+
+def test_a_run_gives_its_best_checkpoint_or_its_latest(make_run: MakeRun) -> None:
+    from tests.export.conftest import commit_random_weights
+
+    config, first = make_run()
+    store = CheckpointStore(config.run.dir / "checkpoints")
+    assert load_source(config.run.dir).described == str(first.path), "the newest where none is marked"
+    store.mark_best(first, "bits", 1.0)
+    first.path.rename(first.path.with_name("aside"))
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_source(config.run.dir)
+    first.path.with_name("aside").rename(first.path)
+    (first.path / "ledger.json").write_text("{}")
+    with pytest.raises(UserError, match=r"ledger\.json: has 2 bytes instead of"):
+        load_source(first.path)
+    assert commit_random_weights(config, seed=2).path == first.path, "the damaged one is replaced"
+    assert load_source(config.run.dir, "latest").described == str(first.path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1.0}, "temperature: is -1.0; expected 0"),
+        ({"temperature": float("nan")}, "temperature: is nan"),
+        ({"top_p": 0.0}, "top_p: is 0.0; expected above 0"),
+        ({"top_p": 1.1}, "top_p: is 1.1"),
+        ({"max_new_tokens": 0}, "max_new_tokens: is 0; expected at least 1"),
+        ({"checkpoint": "first"}, "checkpoint: is 'first'; expected best or latest"),
+        ({"device": "tpu"}, "device: is 'tpu'; expected auto, cpu or cuda"),
+    ],
+)
+def test_wrong_settings_are_named(sources: dict[str, Path], settings: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        generate(sources["hf"], PROMPT, **settings)
+
+
+def copy_of(folder: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_damaged_folders_are_refused_by_name(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(sources["hf"], tmp_path / "hf")
+    path, config_path = folder / "model.safetensors", folder / "config.json"
+    whole, config = load_file(path), json.loads(config_path.read_text())
+
+    def refuses(message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            load_source(folder)
+
+    save_file({name: weight for name, weight in whole.items() if "layers.1.mlp.up" not in name}, path)
+    refuses(r"model\.safetensors: lacks 'model\.layers\.1\.mlp\.up_proj\.weight'")
+    save_file(whole | {"lm_head.weight": torch.zeros(2, 2)}, path)
+    refuses(r"model\.safetensors: has the unknown 'lm_head\.weight'")
+    save_file(whole | {"model.norm.weight": torch.zeros(7)}, path)
+    refuses(r"has 'model\.norm\.weight' as \[7\] instead of \[32\]")
+    save_file(whole, path)
+    path.write_bytes(path.read_bytes()[:-10])
+    refuses(r"model\.safetensors: is no safetensors file")
+    path.unlink()
+    refuses(r"model\.safetensors: does not exist")
+    save_file(whole, path)
+    for change, message in (
+        ({"model_type": "gpt2"}, r"config\.json: model_type is 'gpt2'; expected llama or yxanul"),
+        ({"num_attention_heads": 5}, "refused by transformers .*not a multiple of the number of attention heads"),
+        ({"vocab_size": "many"}, "vocab_size is 'many'"),
+        ({"vocab_size": 300}, r"has 'model\.embed_tokens\.weight' as \[700, 32\] instead of \[300, 32\]"),
+    ):
+        config_path.write_text(json.dumps(config | change))
+        refuses(message)
+    config_path.write_text("{")
+    refuses(r"config\.json: not valid JSON")
+
+
+def test_code_in_a_folder_is_not_run(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(sources["factorized"], tmp_path / "hf")
+    (folder / "modeling_yxanul.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    assert generate(folder, PROMPT, 3, device="cpu").tokens
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_command_line_streams_and_ends_with_2_for_a_mistake(
+    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["generate", *map(str, arguments)])
+        code = module.main()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    settings = ("--prompt", PROMPT, "--max-new-tokens", 20, "--temperature", 0, "--device", "cpu")
+    code, out, err = run("--from", sources["nemo"], *settings)
+    expected = generate(sources["nemo"], PROMPT, 20, temperature=0, device="cpu")
+    assert (code, out) == (0, f"{PROMPT}{expected.text}\n")
+    assert f"{expected.tokens} tokens in " in err
+    code, out, err = run("--from", sources["nemo"].with_name("absent"), *settings)
+    assert (code, out) == (2, "")
+    assert err.strip().endswith(
+        "absent: does not exist; expected the folder of a run or of a checkpoint, a .nemo file, or a Hugging Face folder."
+    )
+    assert len(err.strip().splitlines()) == 1
+    code, out, err = run("--from", sources["hf"], "--prompt", "word " * 300)
+    assert code == 2
+    assert err.startswith("error: prompt: has ")

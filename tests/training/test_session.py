@@ -1,0 +1,341 @@
+"""Whole phases in processes of their own: nothing lost or repeated by stops, kills, damage and changes of layout."""
+
+import json
+import random
+import re
+import shutil
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.manifest import load_manifest
+from data_prep.prepare import run_data_stage
+from tests.ranks import run_ranks
+from tests.training import sessions
+from yxanul_nemo.checkpoint.ledger import Ledger
+from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.data.blend import Blend, normalized_shares
+from yxanul_nemo.training.phases import plan_phases, total_tokens
+from yxanul_nemo.training.schedule import learning_rate
+from yxanul_nemo.validation.record import phase_result_path
+
+PHASES = (1, 2, 3)
+TOTAL = 18432
+STEPS = 22
+WEIGHTS = "rank_00000.safetensors"
+
+MakeRun = Callable[..., RunConfig]
+
+
+@pytest.fixture(scope="module")
+def make_run(prepared: Path, make_config: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
+    """A new run's folder with data and tokenizer in it. Records do not fall on the same steps as checkpoints."""
+
+    def make(*overrides: str) -> RunConfig:
+        folder = tmp_path_factory.mktemp("run")
+        for part in ("data", "tokenizer"):
+            shutil.copytree(prepared / part, folder / part)
+        return make_config(f"run.dir={folder}", "logging.every_steps=3", *overrides)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def straight(make_run: MakeRun) -> RunConfig:
+    """A run that was never disturbed."""
+    config = make_run()
+    assert run_ranks(sessions.train, 1, config, PHASES) == [[True] * 3]
+    return config
+
+
+def changed(config: RunConfig, make_config: MakeRun, *overrides: str) -> RunConfig:
+    """The same run, configured otherwise."""
+    return make_config(f"run.dir={config.run.dir}", "logging.every_steps=3", *overrides)
+
+
+def newest(config: RunConfig) -> Checkpoint:
+    return CheckpointStore(config.run.dir / "checkpoints").list()[-1]
+
+
+def ledger(config: RunConfig) -> Ledger:
+    return newest(config).read_ledger()
+
+
+def state(config: RunConfig) -> tuple[bytes, str]:
+    """All tensors of the newest checkpoint, weights and optimizer, and its ledger."""
+    path = newest(config).path
+    return (path / WEIGHTS).read_bytes(), (path / "ledger.json").read_text()
+
+
+def records(config: RunConfig) -> list[dict]:
+    return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_runs(config: RunConfig, straight: RunConfig) -> None:
+    """Same tokens, same bits, same validation, and records about each step once."""
+    assert newest(config).tokens == newest(straight).tokens == TOTAL
+    (tensors, text), (expected_tensors, expected_text) = state(config), state(straight)
+    assert text == expected_text
+    assert tensors == expected_tensors
+    for number in PHASES:
+        results = [json.loads(phase_result_path(run.run.dir, number).read_text()) for run in (config, straight)]
+        assert results[0]["domains"] == results[1]["domains"]
+    best = [json.loads((run.run.dir / "checkpoints" / "best").read_text()) for run in (config, straight)]
+    assert best[0]["checkpoint"] == best[1]["checkpoint"]
+    assert_records_cover_each_step(config)
+
+
+def assert_records_cover_each_step(config: RunConfig) -> None:
+    seen = records(config)
+    assert sum(record["steps"] for record in seen) == STEPS
+    totals = [record["tokens_total"] for record in seen]
+    assert totals == sorted(set(totals)) and totals[-1] == TOTAL
+    tokens_per_step = {phase.number: phase.tokens_per_step for phase in plan_phases(config.curriculum)}
+    assert np.diff([0, *totals]).tolist() == [r["steps"] * tokens_per_step[r["phase"]] for r in seen]
+
+
+@pytest.mark.parametrize(("work", "kills", "seed"), [("save", 5, 1), ("step", 5, 2), ("validation", 3, 3)])
+def test_kills_at_random_lines_change_nothing(
+    make_run: MakeRun, straight: RunConfig, tmp_path: Path, work: str, kills: int, seed: int
+) -> None:
+    lines = run_ranks(sessions.train_and_count, 1, make_run(), PHASES, work)[0]
+    config, draw = make_run(), random.Random(seed)
+    for number, tokens in enumerate(sorted(draw.sample(sorted(lines), kills))):
+        note = tmp_path / f"{number}"
+        with pytest.raises(AssertionError, match="ended with exit code"):
+            # Lines vary a little with what an earlier kill has left.
+            line = draw.randrange(1, lines[tokens] * 9 // 10)
+            run_ranks(sessions.train_and_die, 1, config, PHASES, work, tokens, line, note)
+        assert note.is_file(), "it ended for another reason"
+    run_ranks(sessions.train, 1, config, PHASES)
+    assert_equal_runs(config, straight)
+
+
+def test_stops_by_signals_are_saved_and_change_nothing(make_run: MakeRun, straight: RunConfig) -> None:
+    """After the first step, at the end of a phase, after the first of the next, before its last, and at a save."""
+    config = make_run()
+    stops = [(512, "SIGTERM"), (4096, "SIGUSR1"), (5120, "SIGINT"), (9216, "SIGTERM"), (14336, "SIGUSR1")]
+    for tokens, name in stops:
+        completed = run_ranks(sessions.train_until, 1, config, PHASES, tokens, signal.Signals[name])[0]
+        assert completed[-1] is False
+        assert newest(config).tokens == tokens
+        assert newest(config).phase_end == (tokens == 4096)
+    assert run_ranks(sessions.train, 1, config, PHASES) == [[True]]
+    assert_equal_runs(config, straight)
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(make_run: MakeRun) -> None:
+    config = make_run()
+    for tokens, rank in ((2560, 1), (7168, 0)):
+        completed = run_ranks(sessions.train_until, 2, config, PHASES, tokens, signal.SIGTERM, rank)
+        assert completed[0] == completed[1] and completed[0][-1] is False
+        assert newest(config).tokens == tokens
+    assert run_ranks(sessions.train, 2, config, PHASES) == [[True, True]] * 2
+    assert_records_cover_each_step(config)
+
+
+def test_a_signal_in_validation_ends_it_and_only_validation_is_repeated(make_run: MakeRun, straight: RunConfig) -> None:
+    config = make_run()
+    assert run_ranks(sessions.train_and_signal_in_validation, 1, config, [1]) == [[False]]
+    assert newest(config).phase_end and not phase_result_path(config.run.dir, 1).exists()
+    before = newest(config)
+    assert run_ranks(sessions.train, 1, config, [1]) == [[True]]
+    assert newest(config) == before
+    results = [json.loads(phase_result_path(run.run.dir, 1).read_text()) for run in (config, straight)]
+    assert results[0]["domains"] == results[1]["domains"]
+
+
+def test_a_phase_whose_validation_was_lost_is_validated_later(make_run: MakeRun, straight: RunConfig) -> None:
+    config = make_run()
+    run_ranks(sessions.train_until, 1, config, PHASES, 7168, signal.SIGTERM)
+    result = phase_result_path(config.run.dir, 1)
+    expected = json.loads(result.read_text())
+    result.unlink()
+    assert run_ranks(sessions.train, 1, config, PHASES) == [[True] * 3]
+    assert json.loads(result.read_text()) == expected
+    assert_equal_runs(config, straight)
+
+
+@pytest.mark.parametrize("tokens", [4096, 14336])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    make_run: MakeRun, straight: RunConfig, tokens: int
+) -> None:
+    config = make_run()
+    run_ranks(sessions.train_until, 1, config, PHASES, tokens, signal.SIGTERM)
+    assert newest(config).tokens == tokens
+    path = newest(config).path / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert all(run_ranks(sessions.train, 1, config, PHASES)[0])
+    assert_equal_runs(config, straight)
+    assert list((config.run.dir / "checkpoints").glob("*.bad-1"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_whole_run_is_fed_the_corpus_exactly_once_per_epoch(make_run: MakeRun, ranks: int) -> None:
+    """Against the .bin files themselves, cut at EOS: in the first epoch every document of a source comes once, whole."""
+    overrides = [
+        f"curriculum.phases.{i}.{key}={value}"
+        for i, tokens in enumerate((40960, 57344, 57344))
+        for key, value in (("tokens", tokens), ("tokens_per_step", 8192))
+    ]
+    config = make_run("parallel.micro_batch_tokens=1024", *overrides)
+    fed = run_ranks(sessions.train_and_read_back, ranks, config, PHASES)
+    manifest = load_manifest(config.data_dir)
+    names = config.data.source_names
+    shares = normalized_shares(names, None, {name: manifest.sources[name].tokens("train") for name in names})
+    ids_of: dict[int, list[np.ndarray]] = {source: [] for source in range(len(names))}
+    labels_of: dict[int, list[np.ndarray]] = {source: [] for source in range(len(names))}
+    for phase in range(len(PHASES)):
+        # [ranks, steps, accumulation, micro-batch, tokens] in the order of the windows: steps, accumulation, ranks, micro-batch.
+        ids, labels = (
+            np.stack([[batch[i] for batch in of_rank[phase]] for of_rank in fed]).transpose(1, 2, 0, 3, 4)
+            for i in range(2)
+        )
+        ids, labels = ids.reshape(-1, ids.shape[-1]), labels.reshape(-1, labels.shape[-1])
+        for source, of_window, next_of_window in zip(Blend(shares).sources(0, len(ids)), ids, labels, strict=True):
+            ids_of[source].append(of_window)
+            labels_of[source].append(next_of_window)
+    epochs_read = 0
+    for source, name in enumerate(names):
+        stream = np.concatenate(ids_of[source])
+        assert np.array_equal(np.concatenate(labels_of[source])[:-1], stream[1:])
+        documents = [
+            document
+            for prefix in manifest.prefixes(config.data_dir, name, "train")
+            for document in cut(np.fromfile(f"{prefix}.bin", dtype=manifest.dtype), manifest.eos_id)
+        ]
+        tokens = manifest.sources[name].tokens("train")
+        for epoch in range(0, len(stream), tokens):
+            whole = stream[epoch : epoch + tokens]
+            pieces = cut(whole, manifest.eos_id)
+            left = Counter(documents)
+            if len(whole) == tokens:
+                epochs_read += 1
+            elif pieces[-1] not in left:
+                assert any(document.startswith(pieces[-1]) for document in left)
+                pieces.pop()
+            left.subtract(pieces)
+            assert min(left.values()) >= 0
+            assert len(whole) < tokens or max(left.values()) == 0
+    assert epochs_read == len(names)
+
+
+def cut(ids: np.ndarray, eos_id: int) -> list[bytes]:
+    """Pieces of a stream that end with EOS, and what is left."""
+    ends = np.flatnonzero(ids == eos_id) + 1
+    return [piece.astype(np.int64).tobytes() for piece in np.split(ids, ends) if len(piece)]
+
+
+def test_ranks_and_micro_batch_may_change_in_the_middle(make_run: MakeRun, make_config: MakeRun) -> None:
+    """The same tokens in the same order: losses differ by the rounding of other sums."""
+    plain = make_run("logging.every_steps=1")
+    run_ranks(sessions.train, 1, plain, PHASES)
+    config = make_run("logging.every_steps=1")
+    run_ranks(sessions.train_until, 1, config, PHASES, 2560, signal.SIGTERM)
+    small = changed(config, make_config, "logging.every_steps=1", "parallel.micro_batch_tokens=128")
+    run_ranks(sessions.train_until, 2, small, PHASES, 7168, signal.SIGTERM)
+    run_ranks(sessions.train, 1, small, PHASES)
+    expected = {record["tokens_total"]: record for record in records(plain)}
+    seen = {record["tokens_total"]: record for record in records(config)}
+    assert len(seen) == STEPS and seen.keys() == expected.keys()
+    for tokens, record in seen.items():
+        assert record["loss_nats_per_token"] == pytest.approx(expected[tokens]["loss_nats_per_token"], rel=1e-6)
+    assert ledger(config).tokens_per_source == ledger(plain).tokens_per_source
+    assert "world_size 1 -> 2" in ledger(config).notes[0] and "micro_batch_size 32 -> 8" in ledger(config).notes[0]
+
+
+@pytest.fixture(scope="module")
+def in_phase_2(make_run: MakeRun) -> RunConfig:
+    """A run that was stopped in the middle of phase 2."""
+    config = make_run()
+    run_ranks(sessions.train_until, 1, config, PHASES, 7168, signal.SIGTERM)
+    return config
+
+
+def test_another_run_is_refused_by_name(in_phase_2: RunConfig, make_config: MakeRun) -> None:
+    cases = {
+        ("curriculum.phases.0.lr_scale=0.9",): r"phase_1\.lr_scale: phase 1 is finished with 0\.7.*cannot change",
+        ("curriculum.phases.0.lr_scale=0.9", "checkpoint.allow_mismatch=[phase_1.lr_scale]"): r"phase_1\.lr_scale",
+        ("model.ffn_hidden_size=32",): r"model: .*allow_mismatch=\[model\]",
+        ("optim.lr=1e-3",): r"config: .*allow_mismatch=\[config\]",
+        ("data.seed=1",): "config: ",
+        ("checkpoint.allow_mismatch=[confg]",): r"checkpoint\.allow_mismatch: no such field 'confg'.*'config'",
+    }
+    before = state(in_phase_2)
+    configs = [changed(in_phase_2, make_config, *overrides) for overrides in cases]
+    errors = run_ranks(sessions.refusals, 1, configs, PHASES)[0]
+    for error, expected in zip(errors, cases.values(), strict=True):
+        assert_matches(error, expected)
+    assert state(in_phase_2) == before
+
+
+def test_another_corpus_and_tokenizer_are_refused(in_phase_2: RunConfig, make_config: MakeRun, tmp_path: Path) -> None:
+    other = make_config(f"run.dir={tmp_path}", "tokenizer.vocab_size=650")
+    run_data_stage(other)
+    shutil.copytree(in_phase_2.run.dir / "checkpoints", tmp_path / "checkpoints")
+    error = run_ranks(sessions.refusals, 1, [other], PHASES)[0][0]
+    for name in ("corpus", "tokenizer", "model"):
+        assert_matches(error, f"{name}: the checkpoint has")
+
+
+def test_a_named_change_is_taken_and_noted(in_phase_2: RunConfig, make_config: MakeRun, tmp_path: Path) -> None:
+    for part in ("data", "tokenizer", "checkpoints", "validation"):
+        shutil.copytree(in_phase_2.run.dir / part, tmp_path / part)
+    config = make_config(f"run.dir={tmp_path}", "optim.lr=1e-3", "checkpoint.allow_mismatch=[config]")
+    run_ranks(sessions.train, 1, config, PHASES)
+    notes = ledger(config).notes
+    assert len(notes) == 1 and notes[0].startswith("allowed at 7168 tokens: config: ")
+    total = total_tokens(plan_phases(config.curriculum))
+    assert records(config)[-1]["learning_rate"] == learning_rate(config.optim, TOTAL, total, 1.0)
+    # Without the escape it goes on too: the ledger is of the changed run now.
+    assert run_ranks(
+        sessions.refusals, 1, [config.model_copy(update={"checkpoint": in_phase_2.checkpoint})], PHASES
+    ) == [[""]]
+
+
+def test_a_phase_out_of_turn_is_refused(make_run: MakeRun) -> None:
+    config = make_run()
+    assert_matches(run_ranks(sessions.refusals, 1, [config], [2])[0][0], "phases=2: the run stands in phase 0")
+
+
+def test_records_say_what_was_applied(straight: RunConfig) -> None:
+    phases = {phase.number: phase for phase in plan_phases(straight.curriculum)}
+    total = total_tokens(list(phases.values()))
+    for record in records(straight):
+        phase = phases[record["phase"]]
+        assert record["learning_rate"] == learning_rate(straight.optim, record["tokens_total"], total, phase.lr_scale)
+        assert record["tokens_total"] == phase.first_token + record["step_in_phase"] * phase.tokens_per_step
+        assert (record["seq_len"], record["grad_clip"]) == (phase.seq_len, phase.grad_clip)
+        assert record["grad_norm"] > 0 and record["tokens_per_second"] > 0 and record["skipped_steps"] == 0
+    assert_records_cover_each_step(straight)
+
+
+def test_gradients_that_are_not_finite_are_skipped_and_counted(make_run: MakeRun) -> None:
+    config = make_run("logging.every_steps=1")
+    assert run_ranks(sessions.train_with_bad_gradients, 1, config, PHASES, [2, 3, 10]) == [""]
+    assert ledger(config).skipped_steps == 3 and ledger(config).steps_total == STEPS
+    assert [i for i, record in enumerate(records(config)) if record["skipped_steps"]] == [2, 3, 10]
+    assert [r["loss_nats_per_token"] is None for r in records(config)[:4]] == [False, False, True, True]
+    from safetensors.numpy import load_file
+
+    tensors = load_file(newest(config).path / WEIGHTS)
+    assert tensors["optimizer.step@0"] == STEPS - 3
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+
+
+def test_twenty_bad_gradients_in_a_row_end_the_run(make_run: MakeRun) -> None:
+    config = make_run("curriculum.phases.0.tokens=16384", "logging.every_steps=2")
+    error = run_ranks(sessions.train_with_bad_gradients, 1, config, [1], range(6, 32))[0]
+    assert_matches(error, r"phase 1: the gradient was not finite in 20 steps in a row \(windows 192-831 of the phase\)")
+    assert ledger(config).tokens_total < 26 * 512
+
+
+def assert_matches(text: str, pattern: str) -> None:
+    assert re.search(pattern, text, re.DOTALL), text

@@ -1,0 +1,87 @@
+"""The folded model as transformers' Llama, in memory or from a folder: an implementation that is not ours, with a KV cache."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.export.modeling_yxanul import YxanulConfig, YxanulForCausalLM
+from yxanul_nemo.model.whole_weights import require_weights
+
+
+def build_llama(weights: Mapping[str, Tensor], config: Mapping[str, Any], where: object = "weights") -> PreTrainedModel:
+    """A Llama of weights and configuration in a Llama's names (`fold.to_llama`, `fold.llama_config`), in FP32 on the CPU.
+
+    Args:
+        config: its `model_type` is llama or, for the factorized embedding, yxanul.
+        where: how to name the weights in messages.
+
+    Raises:
+        UserError: names a weight that is missing, unknown or misshapen.
+    """
+    factorized = config["model_type"] == "yxanul"
+    model_class, config_class = (YxanulForCausalLM, YxanulConfig) if factorized else (LlamaForCausalLM, LlamaConfig)
+    with quiet_transformers():
+        try:
+            described = config_class.from_dict(dict(config))
+            with torch.device("meta"):
+                shapes = {name: tuple(param.shape) for name, param in model_class(described).named_parameters()}
+        except (StrictDataclassError, ValueError, TypeError, AssertionError, RuntimeError) as error:
+            # What transformers and torch say to numbers that fit no model.
+            reason = " ".join(str(error).split())
+            raise UserError(where, f"its configuration is refused by transformers ({reason})", "a Llama's") from None
+        require_weights(weights, shapes, where)
+        model = model_class.from_pretrained(None, config=described, state_dict=dict(weights), dtype=torch.float32)
+    return model.eval()
+
+
+def load_folder(folder: Path, trust_own_code: bool = False) -> PreTrainedModel:
+    """The model of a folder that `formats.write_hf` wrote, as a user loads it, in FP32 on the CPU, without the network.
+
+    Args:
+        trust_own_code: run the modelling code in the folder, as a factorized one asks for.
+    """
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=trust_own_code
+        )
+    return model.eval()
+
+
+def greedy(model: PreTrainedModel, prompts_BT: Tensor, new_tokens: int) -> Tensor:
+    """The most likely continuation [B, new_tokens]; the end of a document does not end it."""
+    settings = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
+    with torch.inference_mode(), generation_settings(model, settings):
+        ids_BT = model.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT))
+    return ids_BT[:, prompts_BT.size(1) :].clone()
+
+
+@contextmanager
+def generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """`model.generate` under `settings` alone; given as arguments, they are mixed with the model's own (transformers 5)."""
+    kept, model.generation_config = model.generation_config, settings
+    try:
+        yield
+    finally:
+        model.generation_config = kept
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bar and no table of loaded weights on the console; what is wrong with them is reported as an error."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if shown:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,105 @@
+"""Files of validation domains, found and read row by row. Light, so that the launcher can look before anything is trained."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from string import Formatter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_prep.manifest import CorpusManifest
+from yxanul_nemo.config.outputs import DomainConfig, ValidationConfig
+from yxanul_nemo.errors import UserError, nearest
+
+WHERE_TO_GET = "C4's validation split is allenai/c4 on the Hugging Face hub, GSM8K is openai/gsm8k, HumanEval is openai/openai_humaneval."
+
+
+def check_domain_files(config: ValidationConfig) -> None:
+    """Read the first document of every domain that is a file.
+
+    Raises:
+        UserError: a file is absent, unreadable or empty, or its rows do not fit the template.
+    """
+    for name, domain in config.domains.items():
+        if domain.path is not None and next(texts(config, name, domain), None) is None:
+            raise empty_domain(name)
+
+
+def check_heldout(config: ValidationConfig, manifest: CorpusManifest) -> None:
+    """See that every domain that is a data source has held-out documents; raises UserError."""
+    for name, domain in config.domains.items():
+        if domain.source is not None and not manifest.sources[domain.source].documents("heldout"):
+            raise empty_domain(name)
+
+
+def empty_domain(name: str) -> UserError:
+    """The error of a domain without documents."""
+    return UserError(
+        f"validation.domains.{name}",
+        "has no documents",
+        "at least one",
+        "Give a file with some, or raise data.heldout_fraction and prepare the data anew in another run.dir.",
+    )
+
+
+def texts(config: ValidationConfig, name: str, domain: DomainConfig) -> Iterator[str]:
+    """The documents of a domain that is a file, at most `max_documents` of them.
+
+    Raises:
+        UserError: as `check_domain_files`, for the row at hand.
+    """
+    path = Path(domain.path) if Path(domain.path).is_absolute() else config.dir / domain.path
+    if not path.is_file():
+        raise UserError(
+            f"validation.domains.{name}.path",
+            f"{path} does not exist",
+            "a parquet or jsonl file",
+            f"Set validation.dir to the folder that has it. {WHERE_TO_GET}",
+        )
+    where = f"validation.domains.{name}.template"
+    try:
+        columns = [field for _, field, _, _ in Formatter().parse(domain.template) if field is not None]
+    except ValueError as error:
+        raise UserError(where, f"{domain.template!r}: {error}", "a Python format string such as '{text}'") from None
+    for number, row in enumerate(_rows(path, columns, where)):
+        if number == domain.max_documents:
+            return
+        try:
+            yield domain.template.format(**row)
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                where, f"does not fit row {number + 1} of {path} ({error})", "a format for its values"
+            ) from None
+
+
+def _rows(path: Path, columns: list[str], where: str) -> Iterator[dict[str, Any]]:
+    try:
+        if path.suffix == ".parquet":
+            file = pq.ParquetFile(path)
+            for column in columns:
+                if column not in file.schema_arrow.names:
+                    raise UserError(
+                        where, f"names column '{column}' of {path}", fix=nearest(column, file.schema_arrow.names)
+                    )
+            for batch in file.iter_batches(columns=columns, batch_size=1024):
+                yield from batch.to_pylist()
+        else:
+            with open(path, encoding="utf-8") as lines:
+                for number, line in enumerate(lines, start=1):
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(path, f"line {number} is no JSON object", "one JSON object per line")
+                    for column in columns:
+                        if column not in row:
+                            raise UserError(
+                                where,
+                                f"names key '{column}', absent in line {number} of {path}",
+                                fix=nearest(column, row),
+                            )
+                    yield row
+    except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            path, f"cannot be read ({str(error).splitlines()[0]})", "parquet, or one JSON object per line"
+        ) from None

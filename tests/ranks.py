@@ -20,7 +20,13 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: object) -> l
     processes, pipes = [], []
     for rank in range(ranks):
         receiver, sender = CONTEXT.Pipe(duplex=False)
-        environment = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {
+            "RANK": rank,
+            "WORLD_SIZE": ranks,
+            "LOCAL_RANK": rank,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         process = CONTEXT.Process(target=_rank, args=(environment, sender, function, arguments))
         process.start()
         sender.close()

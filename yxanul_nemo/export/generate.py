@@ -211,9 +211,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Loaded:
     model = restore_model(config, checkpoint, tokenizer.vocab_size, *reference_precision())
     shape = model.model_shape
     weights = to_llama(model.state_dict(), shape, tokenizer.vocab_size)
-    llama = build_llama(
-        weights, llama_config(shape, tokenizer.vocab_size, tokenizer.eos_id, None, "float32")
-    )
+    llama = build_llama(weights, llama_config(shape, tokenizer.vocab_size, tokenizer.eos_id, None, "float32"))
     return Loaded(llama, tokenizer, shape.max_position_embeddings, str(checkpoint.path))
 
 

@@ -27,5 +27,6 @@ def scaling_tensors() -> Iterator[tuple[str, Tensor]]:
 def sharded_fp8_state() -> dict[str, ShardedTensor]:
     """The state as Megatron-core's sharded tensors; ranks hold equal values, as amax is reduced over them."""
     replica = min(1, dist.get_rank())
-    return {name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica) for name, tensor in scaling_tensors()}
-
+    return {
+        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica) for name, tensor in scaling_tensors()
+    }

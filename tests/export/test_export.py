@@ -1,9 +1,6 @@
 """`stage=export`: what it writes, that it is the model, and that nothing is lost where it is not."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from data_prep.manifest import load_manifest
 from data_prep.tokenizer import Tokenizer
-from tests.export.conftest import MakeRun
+from tests.export.conftest import TEXTS, Fresh, MakeRun
 from tests.export.nemo_files import change_weights, repack
 from tests.model.plain_gpt import PlainGPT
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
@@ -33,32 +30,6 @@ from yxanul_nemo.training.identity import phase_plan
 from yxanul_nemo.training.phases import plan_phases
 from yxanul_nemo.training.restore import restore_model
 
-REPO_DIR = Path(__file__).resolve().parents[2]
-TEXTS = ["The quick brown fox", "  two spaces, \u4f60\u597d \U0001f389 and <|endoftext|> as text", ""]
-AS_A_USER = """
-import json, sys
-import numpy as np, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, box = sys.argv[1], sys.argv[2]
-ids = torch.from_numpy(np.load(f"{box}/ids.npy"))
-model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-with torch.no_grad():
-    np.save(f"{box}/logits.npy", model(ids).logits.numpy())
-    new = model.generate(ids[:1], max_new_tokens=64, min_new_tokens=64, do_sample=False)
-np.save(f"{box}/greedy.npy", new.numpy())
-texts = json.load(open(f"{box}/texts.json"))
-told = {
-    "class": type(model).__name__,
-    "dtype": str(model.dtype),
-    "tied": model.lm_head.weight is model.model.embed_tokens.weight,
-    "ids": [tokenizer(text).input_ids for text in texts],
-    "specials": [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id],
-    "max_length": tokenizer.model_max_length,
-    "ours": [name for name in sys.modules if name.startswith(("yxanul", "data_prep", "megatron", "nemo"))],
-}
-json.dump(told, open(f"{box}/told.json", "w"))
-"""
-
 
 def model_of(config: RunConfig, checkpoint: Checkpoint) -> YxanulGPT:
     return restore_model(config, checkpoint, load_manifest(config.data_dir).vocab_size, *reference_precision())
@@ -71,20 +42,14 @@ def snapshot(folder: Path) -> dict[str, tuple[str, int]]:
 
 @torch.no_grad()
 def test_a_fresh_process_loads_the_hf_folder_with_transformers_alone(
-    exported: tuple[RunConfig, Checkpoint], tmp_path: Path
+    exported: tuple[RunConfig, Checkpoint], fresh: dict[str, Fresh]
 ) -> None:
     config, checkpoint = exported
-    model, manifest = model_of(config, checkpoint), load_manifest(config.data_dir)
-    ids_BT = torch.randint(0, manifest.vocab_size, (3, 50), generator=torch.Generator().manual_seed(3))
-    np.save(tmp_path / "ids.npy", ids_BT.numpy())
-    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
-    command = [sys.executable, "-c", AS_A_USER, str(config.run.dir / "export" / "hf"), str(tmp_path)]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
-    told = json.loads((tmp_path / "told.json").read_text())
+    model, manifest, ids_BT = model_of(config, checkpoint), load_manifest(config.data_dir), fresh["hf"].ids_BT
+    told = fresh["hf"].results("told")
     assert told["ours"] == [], "nothing of the project, of Megatron or of NeMo is needed"
     assert (told["class"], told["dtype"], told["tied"]) == ("LlamaForCausalLM", "torch.float32", True)
-    logits = torch.from_numpy(np.load(tmp_path / "logits.npy"))
+    logits = torch.from_numpy(fresh["hf"].results("logits"))
     assert logits.shape == (3, 50, manifest.vocab_size)
     assert (logits - model(ids_BT)).abs().max() < 1e-4
     assert model(ids_BT).abs().max() > 10, "logits large enough to differ"
@@ -95,7 +60,7 @@ def test_a_fresh_process_loads_the_hf_folder_with_transformers_alone(
         last_BV = model(ours)[:, -1]
         last_BV[:, manifest.eos_id] = -torch.inf
         ours = torch.cat([ours, last_BV.argmax(-1, keepdim=True)], dim=1)
-    assert np.array_equal(np.load(tmp_path / "greedy.npy"), ours.numpy())
+    assert np.array_equal(fresh["hf"].results("greedy"), ours.numpy())
     tokenizer = Tokenizer.load(config.run.dir / "tokenizer")
     assert told["ids"] == [tokenizer.encode(text).tolist() for text in TEXTS]
     assert told["specials"] == [manifest.eos_id, manifest.eos_id, tokenizer.pad_id]

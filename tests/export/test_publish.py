@@ -69,6 +69,15 @@ def test_a_kill_at_any_step_leaves_the_old_folder_or_the_new_one(tmp_path: Path,
     assert len(states) == (7 if had_old else 2), "two renames and three files and folders to remove, or one rename"
 
 
+@pytest.mark.parametrize("present", [("export.old",), ("export", "export.old"), ("export",), ()])
+def test_a_folder_is_replaced_whatever_a_kill_left(tmp_path: Path, present: tuple[str, ...]) -> None:
+    for name in present:
+        fill(tmp_path / name, "old")
+    replace_folder(fill(tmp_path / "new", "new"), tmp_path / "export")
+    assert read(tmp_path / "export") == {"new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 def test_files_are_listed_with_size_and_sha256(tmp_path: Path) -> None:
     folder = fill(tmp_path / "x", "abc")
     sync_folder(folder)

@@ -1,6 +1,7 @@
 """What children of the tests do: train phases of a prepared run, with faults at chosen places."""
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import numpy as np
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.training import session
 from yxanul_nemo.training.cpu_backend import CpuBackend
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.session import PhaseSession, checkpoint_store
@@ -149,10 +151,21 @@ def train_with_bad_gradients(config: RunConfig, phases: Sequence[int], bad_steps
     return refusals([config], phases)[0]
 
 
+def train_on_a_full_disk(config: RunConfig, phases: Sequence[int], tokens: int, rank: int) -> str:
+    """`train`, with no room for what one rank writes at `tokens`; the user's error."""
+    save = session.save_shards
+
+    def save_without_room(state: object, folder: Path, number: int) -> None:
+        if number == rank and f"tokens_{tokens:015d}" in folder.name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.RLIM_INFINITY))
+        save(state, folder, number)
+
+    session.save_shards = save_without_room
+    return refusals([config], phases)[0]
+
+
 def train_and_signal_in_validation(config: RunConfig, phases: Sequence[int]) -> list[bool]:
     """`train`, with SIGTERM when validation begins."""
-    import yxanul_nemo.training.session as session
-
     validate = session.validate_model
 
     def signal_and_validate(*arguments):

@@ -305,6 +305,23 @@ def test_a_phase_out_of_turn_is_refused(make_run: MakeRun) -> None:
     assert_matches(run_ranks(sessions.refusals, 1, [config], [2])[0][0], "phases=2: the run stands in phase 0")
 
 
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1)])
+def test_a_full_disk_is_told_by_all_ranks_and_leaves_nothing_half_written(
+    make_run: MakeRun, straight: RunConfig, ranks: int, rank: int
+) -> None:
+    """No file may grow over 8 bytes in the second save; afterwards there is room again."""
+    config = make_run()
+    errors = run_ranks(sessions.train_on_a_full_disk, ranks, config, PHASES, 4096, rank)
+    for error in errors:
+        assert_matches(error, "checkpoints: saving a checkpoint failed.*File too large")
+    assert newest(config).tokens == 2048
+    assert not list((config.run.dir / "checkpoints").glob(".tmp*"))
+    run_ranks(sessions.train, 1, config, PHASES)
+    assert newest(config).tokens == TOTAL
+    if ranks == 1:
+        assert_equal_runs(config, straight)
+
+
 def test_records_say_what_was_applied(straight: RunConfig) -> None:
     phases = {phase.number: phase for phase in plan_phases(straight.curriculum)}
     total = total_tokens(list(phases.values()))

@@ -15,7 +15,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.launch.interrupts import StopSignals
 
 PR_SET_PDEATHSIG = 1
-CONTROL = b"\0"
+CONTROL = b"\0yxanul "
 """Begins what a worker tells the launcher on its standard output: `begin PID` and `end CODE`."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -46,7 +46,7 @@ class Workers:
 
     - on a CPU one worker is started ahead, imports once, and forks a process for each task;
     - on one GPU, whose driver does not survive a fork, the next task's worker is started while the present one is at work;
-    - of several processes torchrun is in charge.
+    - of several processes torchrun is in charge; only an export is always one process.
 
     Workers hold the run's lock and form sessions of their own, so that Ctrl-C in a terminal reaches only the launcher.
     """
@@ -77,7 +77,8 @@ class Workers:
             0 done or stopped on request, 2 the user's mistake, 1 a failure of our own, -N killed by signal N.
         """
         self.last_lines.clear()
-        process, self._ahead = self._ahead or self._start(task), None
+        ranks = 1 if task.kind == "export" else self._ranks
+        process, self._ahead = self._ahead or self._start(task, ranks), None
         if self._ranks == 1:
             # If it has ended already, its output says why, and its exit code counts.
             with contextlib.suppress(BrokenPipeError):
@@ -85,8 +86,8 @@ class Workers:
                 process.stdin.flush()
             if more and not self._forks:
                 self.start_ahead()
-        self.log_path(task).parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.log_path(task).parent.mkdir(parents=True, exist_ok=True)
             with open(self.log_path(task), "ab") as log_file:
                 ends = self._follow(process, log_file)
         except BaseException:
@@ -99,8 +100,8 @@ class Workers:
             return ends[0]
         code = process.wait()
         _end(process)
-        # torchrun ends with 1 whatever its ranks end with, so what they say counts.
-        return 2 if 2 in ends else 0 if ends.count(0) == self._ranks else code or 1
+        # What ranks say counts: one may have told the user's mistake while torchrun ended the others.
+        return 2 if 2 in ends else 0 if ends.count(0) == ranks else code or 1
 
     def close(self) -> None:
         """End the worker that waits for a task; it has nothing to save."""
@@ -108,15 +109,16 @@ class Workers:
             _end(self._ahead)
             self._ahead = None
 
-    def _start(self, task: Task | None = None) -> subprocess.Popen:
+    def _start(self, task: Task | None = None, ranks: int = 1) -> subprocess.Popen:
         command = [sys.executable, "-m"]
+        if ranks > 1:
+            command += ["yxanul_nemo.launch.ranks", f"--nproc-per-node={ranks}", "--standalone", "-m"]
         worker = ["yxanul_nemo.launch.worker", str(self._config.run.dir)]
         if self._ranks > 1:
-            command += ["torch.distributed.run", f"--nproc-per-node={self._ranks}", "--standalone", "-m"]
             worker.append(task.name)
         elif self._forks:
             worker.append("--fork")
-        threads = threads_per_process(self._config, self._ranks)
+        threads = threads_per_process(self._config, ranks)
         launcher = os.getpid()
         return subprocess.Popen(
             command + worker,

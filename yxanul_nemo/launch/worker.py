@@ -20,6 +20,8 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.processes import CONTROL, Task, end_with_parent
 from yxanul_nemo.log import configure_logging
 
+RANK = int(os.environ.get("RANK", "0"))
+"""Of this process among those that torchrun or Slurm has started."""
 NOISY_LOGGERS = (
     "megatron",
     "nemo",
@@ -39,7 +41,8 @@ def main() -> int:
     parser.add_argument("--fork", action="store_true")
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
-    configure_logging()
+    # What all ranks do alike is said by the first one.
+    configure_logging(level=logging.WARNING if RANK else logging.INFO)
     quiet_libraries()
     import yxanul_nemo.training.session  # noqa: F401 - most of the time that a short task takes
 
@@ -85,7 +88,7 @@ def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
         run(load_run_config(run_dir / "config.yaml"), task)
         code = 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error{f' (rank {RANK})' if RANK else ''}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

@@ -1,5 +1,6 @@
 """One phase in this process: build, resume, train, commit, validate."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -21,6 +22,7 @@ from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows, open_streams
+from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
@@ -213,7 +215,9 @@ class PhaseSession:
         """Commit a checkpoint: every rank writes its shards, the first one the ledger and the manifest."""
         ledger = module.ledger()
         temporary = from_first_rank(lambda: self.store.begin(ledger.tokens_total))
-        with failing_together(), self.store.writing(temporary, SafetensorError):
+        # Inside out: each rank's errors become the user's, all ranks learn of them, and then the first removes what is there.
+        removing = self.store.writing(temporary) if self.rank == 0 else nullcontext()
+        with removing, failing_together(), disk_errors(self.store.root, "saving a checkpoint", also=(SafetensorError,)):
             save_shards(self._state(), temporary, self.rank)
             if self.rank == 0:
                 (temporary / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")

@@ -1,4 +1,7 @@
-"""What children of the tests do: train phases of a prepared run, with faults at chosen places."""
+"""What children of the tests do: train phases of a prepared run, with faults at chosen places.
+
+Heavy imports are inside the functions: the tests' own process needs only their names.
+"""
 
 import os
 import resource
@@ -7,16 +10,12 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType
+from typing import Any
 
 import numpy as np
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.training import session
-from yxanul_nemo.training.cpu_backend import CpuBackend
-from yxanul_nemo.training.module import PhaseModule
-from yxanul_nemo.training.session import PhaseSession, checkpoint_store
-from yxanul_nemo.training.signals import StopRequest
 from yxanul_nemo.validation.record import phase_result_path
 
 REPO_DIR = Path(__file__).resolve().parents[2]
@@ -27,6 +26,9 @@ def train(config: RunConfig, phases: Sequence[int]) -> list[bool]:
 
     Returns whether each was completed.
     """
+    from yxanul_nemo.training.session import PhaseSession, checkpoint_store
+    from yxanul_nemo.training.signals import StopRequest
+
     stop = StopRequest()
     stop.install()
     if os.environ["RANK"] == "0":
@@ -40,8 +42,22 @@ def train(config: RunConfig, phases: Sequence[int]) -> list[bool]:
     return completed
 
 
+def refusals(configs: Sequence[RunConfig], phases: Sequence[int]) -> list[str]:
+    """The user's error that each configuration ends with, or nothing."""
+    errors = []
+    for config in configs:
+        try:
+            train(config, phases)
+            errors.append("")
+        except UserError as error:
+            errors.append(str(error))
+    return errors
+
+
 def train_until(config: RunConfig, phases: Sequence[int], tokens: int, number: int, rank: int = 0) -> list[bool]:
     """`train`, with a signal to one rank in the step that brings the run to `tokens`."""
+    from yxanul_nemo.training.module import PhaseModule
+
     step = PhaseModule.training_step
 
     def step_and_signal(module: PhaseModule, batch: tuple, batch_index: int) -> None:
@@ -53,14 +69,28 @@ def train_until(config: RunConfig, phases: Sequence[int], tokens: int, number: i
     return train(config, phases)
 
 
-def train_and_count(config: RunConfig, phases: Sequence[int], work: str) -> dict[int, int]:
-    """`train`; how many lines of the project each piece of a kind of work (a key of WORK) took, by the tokens it leads to."""
-    lines: dict[int, int] = {}
+def train_and_signal_in_validation(config: RunConfig, phases: Sequence[int]) -> list[bool]:
+    """`train`, with SIGTERM when validation begins."""
+    from yxanul_nemo.training import session
 
-    def count(tokens: int, place: str) -> None:
-        lines[tokens] = lines.get(tokens, 0) + 1
+    validate = session.validate_model
 
-    _on_each_line_of(work, count)
+    def signal_and_validate(*arguments: object) -> dict:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
+
+    session.validate_model = signal_and_validate
+    return train(config, phases)
+
+
+def train_and_count(config: RunConfig, phases: Sequence[int]) -> dict[str, dict[int, int]]:
+    """`train`; how many lines of the project each piece of each kind of work took, by the tokens it leads to."""
+    lines: dict[str, dict[int, int]] = {work: {} for work in WORK}
+
+    def count(work: str, tokens: int, place: str) -> None:
+        lines[work][tokens] = lines[work].get(tokens, 0) + 1
+
+    _on_each_line(count)
     assert all(train(config, phases))
     return lines
 
@@ -69,40 +99,47 @@ def train_and_die(config: RunConfig, phases: Sequence[int], work: str, tokens: i
     """`train`, killed without warning before that line of that piece of work; the place is noted."""
     left = lines
 
-    def count(at: int, place: str) -> None:
+    def count(at_work: str, at_tokens: int, place: str) -> None:
         nonlocal left
-        left -= at == tokens
+        left -= (at_work, at_tokens) == (work, tokens)
         if left == 0:
             note.write_text(place)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _on_each_line_of(work, count)
+    _on_each_line(count)
     train(config, phases)
 
 
-WORK: dict[str, tuple[type, str, Callable[..., int]]] = {
-    "step": (PhaseModule, "training_step", lambda module, *_: module.tokens_total + module.phase.tokens_per_step),
-    "save": (PhaseSession, "_save", lambda session, module, finished: module.tokens_total),
-    "validation": (PhaseSession, "_validate", lambda session: session.checkpoint.tokens),
-}
-"""Kinds of work: the method that does it, and the tokens of the run that a call of it leads to."""
+WORK = ("step", "save", "validation")
+"""Kinds of work that kills are aimed at."""
 
 
-def _on_each_line_of(work: str, act: Callable[[int, str], None]) -> None:
-    """Call `act(tokens, place)` before each line of the project that this work comes to."""
-    owner, name, tokens_of = WORK[work]
-    method = getattr(owner, name)
-    at: int | None = None
+def _on_each_line(act: Callable[[str, int, str], None]) -> None:
+    """Call `act(work, tokens, place)` before each line of the project that is run for a piece of work.
 
-    def watched(self: object, *arguments: object) -> object:
-        nonlocal at
-        at = tokens_of(self, *arguments)
-        try:
-            return method(self, *arguments)
-        finally:
-            at = None
+    Its tokens are those of the run that it leads to.
+    """
+    from yxanul_nemo.training.module import PhaseModule
+    from yxanul_nemo.training.session import PhaseSession
 
-    setattr(owner, name, watched)
+    at: tuple[str, int] | None = None
+
+    def watch(work: str, owner: type, name: str, tokens_of: Callable[..., int]) -> None:
+        method = getattr(owner, name)
+
+        def watched(self: object, *arguments: object) -> object:
+            nonlocal at
+            at = work, tokens_of(self, *arguments)
+            try:
+                return method(self, *arguments)
+            finally:
+                at = None
+
+        setattr(owner, name, watched)
+
+    watch("step", PhaseModule, "training_step", lambda module, *_: module.tokens_total + module.phase.tokens_per_step)
+    watch("save", PhaseSession, "_save", lambda session, module, finished: module.tokens_total)
+    watch("validation", PhaseSession, "_validate", lambda session: session.checkpoint.tokens)
     monitoring, tool = sys.monitoring, sys.monitoring.DEBUGGER_ID
 
     def on_start(code: CodeType, offset: int) -> object:
@@ -112,7 +149,7 @@ def _on_each_line_of(work: str, act: Callable[[int, str], None]) -> None:
 
     def on_line(code: CodeType, line: int) -> None:
         if at is not None:
-            act(at, f"{code.co_filename}:{line} {code.co_name}")
+            act(*at, f"{code.co_filename}:{line} {code.co_name}")
 
     monitoring.use_tool_id(tool, "faults")
     monitoring.register_callback(tool, monitoring.events.PY_START, on_start)
@@ -122,21 +159,26 @@ def _on_each_line_of(work: str, act: Callable[[int, str], None]) -> None:
 
 def train_and_read_back(config: RunConfig, phases: Sequence[int]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
     """`train`; for each phase the batches (ids_ABT, labels_ABT) of this rank, as the step got them."""
-    fed: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in phases]
+    from yxanul_nemo.training.cpu_backend import CpuBackend
+
+    fed: list[list[tuple[np.ndarray, np.ndarray]]] = []
     step = CpuBackend.train_step
 
-    def step_and_note(backend: CpuBackend, ids_ABT, labels_ABT, lr: float, grad_clip: float):
-        fed[trained].append((ids_ABT.numpy().copy(), labels_ABT.numpy().copy()))
+    def step_and_note(backend: CpuBackend, ids_ABT: Any, labels_ABT: Any, lr: float, grad_clip: float) -> object:
+        fed[-1].append((ids_ABT.numpy().copy(), labels_ABT.numpy().copy()))
         return step(backend, ids_ABT, labels_ABT, lr, grad_clip)
 
     CpuBackend.train_step = step_and_note
-    for trained, number in enumerate(phases):  # noqa: B007 - read by the function above
+    for number in phases:
+        fed.append([])
         assert train(config, [number]) == [True]
     return fed
 
 
 def train_with_bad_gradients(config: RunConfig, phases: Sequence[int], bad_steps: Sequence[int]) -> str:
     """`train`, with a gradient that is not a number in those steps of the run, from 0; the user's error or nothing."""
+    from yxanul_nemo.training.cpu_backend import CpuBackend
+
     steps = 0
     reduce = CpuBackend._sum_over_data_ranks
 
@@ -153,6 +195,8 @@ def train_with_bad_gradients(config: RunConfig, phases: Sequence[int], bad_steps
 
 def train_on_a_full_disk(config: RunConfig, phases: Sequence[int], tokens: int, rank: int) -> str:
     """`train`, with no room for what one rank writes at `tokens`; the user's error."""
+    from yxanul_nemo.training import session
+
     save = session.save_shards
 
     def save_without_room(state: object, folder: Path, number: int) -> None:
@@ -162,27 +206,3 @@ def train_on_a_full_disk(config: RunConfig, phases: Sequence[int], tokens: int, 
 
     session.save_shards = save_without_room
     return refusals([config], phases)[0]
-
-
-def train_and_signal_in_validation(config: RunConfig, phases: Sequence[int]) -> list[bool]:
-    """`train`, with SIGTERM when validation begins."""
-    validate = session.validate_model
-
-    def signal_and_validate(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*arguments)
-
-    session.validate_model = signal_and_validate
-    return train(config, phases)
-
-
-def refusals(configs: Sequence[RunConfig], phases: Sequence[int]) -> list[str]:
-    """The user's error that each configuration ends with, or nothing."""
-    errors = []
-    for config in configs:
-        try:
-            train(config, phases)
-            errors.append("")
-        except UserError as error:
-            errors.append(str(error))
-    return errors

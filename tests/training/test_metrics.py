@@ -48,6 +48,12 @@ def log(run_dir: Path, resume_tokens: int, tokens: list[int], value: float = 1.0
     return logger.path.read_text()
 
 
+def write(run_dir: Path, tokens: list[int], torn: str = "") -> None:
+    """The file as a run that crashed has left it."""
+    lines = [f'{{"tokens_total": {total}, "value": 1.0}}\n' for total in tokens]
+    (run_dir / "metrics.jsonl").write_text("".join(lines) + torn)
+
+
 def totals(text: str) -> list[int]:
     return [json.loads(line)["tokens_total"] for line in text.splitlines()]
 
@@ -91,7 +97,7 @@ def test_records_are_lines_of_json_without_nan(tmp_path: Path) -> None:
 
 
 def test_resuming_drops_what_is_trained_again_and_goes_on(tmp_path: Path) -> None:
-    run_ranks(log, 1, tmp_path, 0, [10, 20, 30, 40])
+    write(tmp_path, [10, 20, 30, 40])
     assert totals(run_ranks(log, 1, tmp_path, 20, [30])[0]) == [10, 20, 30]
     assert totals(run_ranks(log, 1, tmp_path, 30, [40])[0]) == [10, 20, 30, 40]
 
@@ -100,8 +106,7 @@ def test_resuming_drops_what_is_trained_again_and_goes_on(tmp_path: Path) -> Non
     "torn", ['{"tokens_total": 30, "val', '{"tokens_total": 30, "value": 1.0}', "\x00\x00\x00", "[1]\n"]
 )
 def test_what_a_crash_has_left_of_a_line_spoils_no_other(tmp_path: Path, torn: str) -> None:
-    text = run_ranks(log, 1, tmp_path, 0, [10, 20])[0]
-    (tmp_path / "metrics.jsonl").write_text(text + torn)
+    write(tmp_path, [10, 20], torn)
     assert totals(run_ranks(log, 1, tmp_path, 40, [50])[0]) == [10, 20, 50]
 
 

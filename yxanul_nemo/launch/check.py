@@ -12,7 +12,6 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
-from yxanul_nemo.model.gpt import SHORTEST_FUSED_SEQ_LEN
 from yxanul_nemo.runtime import check_precision, resolve_device, resolve_layer_spec, te_version
 
 PRECISIONS = ("fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8")
@@ -83,12 +82,15 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
     """Which attention Transformer Engine takes at each sequence length of the recipe."""
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
+    from yxanul_nemo.kernels.window_attention import why_unsupported
+
+    dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
     for seq_len in sorted({phase.seq_len for phase in config.curriculum.phases} | {config.validation.eval_len}):
-        if seq_len < SHORTEST_FUSED_SEQ_LEN:
-            yield f"attention   seq_len {seq_len:>5}: unfused (chosen: shorter than {SHORTEST_FUSED_SEQ_LEN})"
+        if why_unsupported(dtype, seq_len, config.model.head_dim) is None:
+            yield f"attention   seq_len {seq_len:>5}: window kernel"
             continue
         params = AttentionParams(
-            qkv_dtype=torch.bfloat16,
+            qkv_dtype=dtype,
             qkv_layout="sbhd_sbhd_sbhd",
             batch_size=max(1, config.parallel.micro_batch_tokens // seq_len),
             num_heads=config.model.num_attention_heads,

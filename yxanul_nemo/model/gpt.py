@@ -87,9 +87,13 @@ SHORTEST_FUSED_SEQ_LEN = 128
 """Below it, cuDNN's fused attention fails inside a CUDA graph (illegal memory access; Transformer Engine 2.20, cuDNN 9.14)."""
 
 
-def attention_backend(seq_len: int | None) -> AttnBackend:
-    """Transformer Engine's choice for windows of this length."""
-    return AttnBackend.unfused if seq_len is not None and seq_len < SHORTEST_FUSED_SEQ_LEN else AttnBackend.auto
+def attention_backend(seq_len: int | None, head_dim: int, dtype: torch.dtype) -> AttnBackend:
+    """Transformer Engine's choice for windows of this length, of which those that `WindowSelfAttention` takes never get there."""
+    from yxanul_nemo.kernels.window_attention import why_unsupported
+
+    if seq_len is None or seq_len >= SHORTEST_FUSED_SEQ_LEN or why_unsupported(dtype, seq_len, head_dim) is None:
+        return AttnBackend.auto
+    return AttnBackend.unfused
 
 
 def transformer_config(
@@ -140,7 +144,9 @@ def transformer_config(
         masked_softmax_fusion=with_te,
         persist_layer_norm=with_te,
         use_transformer_engine_op_fuser=with_te and parallel.op_fuser,
-        attention_backend=attention_backend(seq_len) if with_te else AttnBackend.auto,
+        attention_backend=attention_backend(seq_len, model.head_dim, dtype) if with_te else AttnBackend.auto,
+        # RoPE on the mixed projection, without tensors of their own for queries, keys and values before it.
+        fused_single_qkv_rope=with_te,
         gradient_accumulation_fusion=False,
         **fp8,
     )

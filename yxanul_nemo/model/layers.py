@@ -98,5 +98,10 @@ def torch_block_spec(config: TransformerConfig) -> TransformerBlockSubmodules:
 
 
 def te_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """Megatron-core's Transformer Engine layer, with the op fuser where the configuration asks for it."""
-    return get_gpt_layer_with_transformer_engine_spec(use_te_op_fuser=config.use_transformer_engine_op_fuser)
+    """Megatron-core's Transformer Engine layer with the kernel for short windows, and the op fuser where the configuration asks for it."""
+    # Triton, which the kernel is written in, is there wherever Transformer Engine is, but not on every CPU.
+    from yxanul_nemo.model.attention import WindowSelfAttention
+
+    layer = get_gpt_layer_with_transformer_engine_spec(use_te_op_fuser=config.use_transformer_engine_op_fuser)
+    attention = dataclasses.replace(layer.submodules.self_attention, module=WindowSelfAttention)
+    return dataclasses.replace(layer, submodules=dataclasses.replace(layer.submodules, self_attention=attention))

@@ -33,6 +33,7 @@ class CudaBackend:
         self.ddp = DistributedDataParallel(model.config, ddp_config, model)
         self.optimizer = MainParamAdamW(model, config.optim, parallel_state.get_tensor_model_parallel_group())
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.update_graph: torch.cuda.CUDAGraph | None = None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device="cuda")
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
@@ -69,7 +70,7 @@ class CudaBackend:
         loss = self.loss_sum / (ids_ABT.numel() * self.data_group.size())
         if self.data_group.size() > 1:
             dist.all_reduce(loss, group=self.data_group)
-        norm, applied = self.optimizer.step([param.main_grad for param in self.optimizer.params], lr, grad_clip)
+        norm, applied = self._update(lr, grad_clip)
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
     def sharded_state(self) -> dict[str, Any]:
@@ -86,6 +87,21 @@ class CudaBackend:
             loss_BT = self.ddp(self.ids_BT, self.labels_BT)
             (loss_BT.sum() * self.scale).backward()
         self.loss_sum += loss_BT.detach().sum(dtype=torch.float64)
+
+    def _update(self, lr: float, grad_clip: float) -> tuple[Tensor, Tensor]:
+        """One update of the optimizer; returns (norm before clipping, whether it was applied)."""
+        self.optimizer.set_rates(lr, grad_clip)
+        grads = [param.main_grad for param in self.optimizer.params]
+        if self.graph is None or self.optimizer.tensor_group.size() > 1:
+            return self.optimizer.update(grads)
+        if self.update_graph is None:
+            self.update_graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.update_graph, stream=torch.cuda.current_stream()):
+                self.update_results = self.optimizer.update(grads)
+        self.update_graph.replay()
+        norm, applied = self.update_results
+        # The meter keeps these over several steps; the graph writes into the same memory each time.
+        return norm.clone(), applied.clone()
 
     def _capture(self) -> None:
         """Record forward and backward of a micro-batch; if that fails, train eagerly, with the reason in the log.

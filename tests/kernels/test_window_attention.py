@@ -1,0 +1,112 @@
+"""Attention inside short windows against torch's own in FP64: with Triton's interpreter on a CPU, in BF16 on a GPU."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from yxanul_nemo.kernels.window_attention import HEAD_DIMS, LONGEST_WINDOW, Heads, why_unsupported, window_attention
+
+LENGTHS = (1, 2, 8, 16, 24, 32, 63, 64, 65, 100, 128)
+YXANUL_197M = Heads(groups=2, heads_per_group=6, head_dim=64)
+
+
+def angles(seq_len, head_dim, device="cpu"):
+    exponents = torch.arange(0, head_dim, 2, device=device) / head_dim
+    angles_TH = torch.outer(torch.arange(seq_len, device=device).float(), 1 / 10000.0**exponents)
+    return torch.cat((angles_TH, angles_TH), dim=-1)
+
+
+def reference(qkv_TBQ, angles_TD, heads):
+    """RoPE by complex numbers, and torch's attention on repeated keys and values."""
+    n_time, n_batch, _ = qkv_TBQ.shape
+    half = heads.head_dim // 2
+    x = qkv_TBQ.view(n_time, n_batch, heads.groups, heads.heads_per_group + 2, heads.head_dim)
+    turn_TH = torch.polar(torch.ones_like(angles_TD[:, :half], dtype=x.dtype), angles_TD[:, :half].to(x.dtype))
+
+    def rotated(y):
+        turned = torch.complex(y[..., :half], y[..., half:]) * turn_TH[:, None, None, None]
+        return torch.cat((turned.real, turned.imag), dim=-1)
+
+    query, key = rotated(x[..., : heads.heads_per_group, :]), rotated(x[..., heads.heads_per_group : -1, :])
+    query = query.flatten(2, 3).permute(1, 2, 0, 3)
+    key, value = (
+        y.squeeze(3).permute(1, 2, 0, 3).repeat_interleave(heads.heads_per_group, dim=1) for y in (key, x[..., -1:, :])
+    )
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+
+
+def errors(seq_len, batch_size, heads, dtype, device):
+    """Relative errors of output and gradient."""
+    torch.manual_seed(seq_len)
+    qkv_TBQ = torch.randn(seq_len, batch_size, heads.qkv_width, device=device).to(dtype).requires_grad_()
+    angles_TD = angles(seq_len, heads.head_dim, device)
+    out_TBO = window_attention(qkv_TBQ, angles_TD, heads)
+    dout_TBO = torch.randn_like(out_TBO)
+    (found,) = torch.autograd.grad(out_TBO, qkv_TBQ, dout_TBO)
+    exact_TBQ = qkv_TBQ.detach().double().requires_grad_()
+    exact_out = reference(exact_TBQ, angles_TD, heads)
+    (exact,) = torch.autograd.grad(exact_out, exact_TBQ, dout_TBO.double())
+    return [((a - b).norm() / b.norm()).item() for a, b in ((out_TBO, exact_out), (found, exact))]
+
+
+def test_the_kernels_equal_exact_attention_in_the_interpreter():
+    # Triton decides at import whether its kernels are compiled or interpreted, so this needs a process of its own.
+    code = f"import runpy; runpy.run_path({__file__!r})['interpreted']()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.split()) == len(LENGTHS) + 2
+
+
+def interpreted():
+    """All lengths in FP16 (the interpreter of Triton 3.6 cannot multiply BF16), with tiles that are full and tiles that are not."""
+    cases = [(seq_len, 70 // seq_len + 2, Heads(2, 3, 32)) for seq_len in LENGTHS]
+    cases += [(16, 3, Heads(1, 1, 64)), (100, 2, Heads(1, 2, 128))]
+    for seq_len, batch_size, heads in cases:
+        out_error, grad_error = errors(seq_len, batch_size, heads, torch.float16, "cpu")
+        assert out_error < 1e-3 and grad_error < 1e-3, (seq_len, heads, out_error, grad_error)
+        print(seq_len)
+
+
+def test_what_is_not_supported_is_named():
+    assert why_unsupported(torch.bfloat16, LONGEST_WINDOW, HEAD_DIMS[0]) is None
+    assert "float32" in why_unsupported(torch.float32, 8, 64)
+    assert str(LONGEST_WINDOW + 1) in why_unsupported(torch.bfloat16, LONGEST_WINDOW + 1, 64)
+    assert "48" in why_unsupported(torch.bfloat16, 8, 48)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seq_len", LENGTHS)
+@pytest.mark.parametrize("heads", [YXANUL_197M, Heads(1, 1, 128), Heads(3, 2, 32)], ids=str)
+def test_the_kernels_equal_exact_attention_in_bf16(seq_len, heads):
+    for batch_size in (1, 37, 4096 // seq_len):
+        out_error, grad_error = errors(seq_len, batch_size, heads, torch.bfloat16, "cuda")
+        assert out_error < 5e-3 and grad_error < 8e-3, (batch_size, out_error, grad_error)
+
+
+@pytest.mark.gpu
+def test_the_same_inputs_give_the_same_bits_and_windows_do_not_touch():
+    seq_len, heads = 8, YXANUL_197M
+    qkv_TBQ = torch.randn(seq_len, 100, heads.qkv_width, device="cuda", dtype=torch.bfloat16)
+    angles_TD = angles(seq_len, heads.head_dim, "cuda")
+    first = window_attention(qkv_TBQ, angles_TD, heads)
+    assert torch.equal(first, window_attention(qkv_TBQ, angles_TD, heads))
+    changed = qkv_TBQ.clone()
+    changed[:, 3] += 1
+    changed[5:, 4] += 1
+    second = window_attention(changed, angles_TD, heads)
+    same = (first == second).all(dim=-1)
+    assert not same[:, 3].all() and not same[5:, 4].any()
+    same[:, 3] = True
+    same[5:, 4] = True
+    assert same.all()

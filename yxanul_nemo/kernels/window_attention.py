@@ -1,0 +1,108 @@
+"""Causal attention inside short windows, from the mixed projection to the heads' outputs in one kernel each way.
+
+A window of up to `LONGEST_WINDOW` tokens fits one tile, several short ones share it, and a block-diagonal mask keeps them apart. So there
+is no pass over keys to keep a running maximum for, RoPE is applied on the way in (and undone on the way out of backward), queries,
+keys and values are never split into tensors of their own, and backward needs nothing but the inputs. General attention libraries
+spend their time on launches and layout at these lengths: a tile of theirs is longer than the window.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from yxanul_nemo.kernels.window_attention_kernels import backward_kernel, forward_kernel
+
+LONGEST_WINDOW = 128
+"""Longest window that these kernels take."""
+HEAD_DIMS = (32, 64, 128)
+"""Widths of a head that they take."""
+
+
+class Heads(NamedTuple):
+    """Shape of grouped-query attention in this process."""
+
+    groups: int
+    """Key/value heads."""
+    heads_per_group: int
+    """Query heads that share one of them."""
+    head_dim: int
+    """Width of a head, one of `HEAD_DIMS`."""
+
+    @property
+    def qkv_width(self) -> int:
+        """Width of the mixed projection."""
+        return self.groups * (self.heads_per_group + 2) * self.head_dim
+
+    @property
+    def out_width(self) -> int:
+        """Width of the attention's output."""
+        return self.groups * self.heads_per_group * self.head_dim
+
+
+def why_unsupported(dtype: torch.dtype, seq_len: int, head_dim: int) -> str | None:
+    """Why these kernels cannot take such a projection, or None if they can."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the projection is {dtype}, not torch.bfloat16 or torch.float16"
+    if seq_len > LONGEST_WINDOW:
+        return f"windows of {seq_len} tokens are longer than {LONGEST_WINDOW}"
+    if head_dim not in HEAD_DIMS:
+        return f"the head dimension is {head_dim}, not one of {HEAD_DIMS}"
+    return None
+
+
+def window_attention(qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads) -> Tensor:
+    """Attention of each window to itself and what is before it, with RoPE; scores are scaled by 1 / sqrt(head_dim).
+
+    Args:
+        qkv_TBQ: [tokens, windows, qkv_width] BF16 or FP16; per key/value head its query heads, its key, its value (Megatron-core's order).
+        angles_TD: RoPE angles [tokens, head_dim] FP32, each frequency twice (rotate-half).
+
+    Returns:
+        [tokens, windows, heads x head_dim] in the dtype of the input.
+    """
+    reason = why_unsupported(qkv_TBQ.dtype, qkv_TBQ.size(0), heads.head_dim)
+    assert reason is None, reason
+    assert qkv_TBQ.size(2) == heads.qkv_width and qkv_TBQ.size(0) == angles_TD.size(0)
+    return _WindowAttention.apply(qkv_TBQ, angles_TD, heads)
+
+
+class _WindowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads) -> Tensor:
+        qkv_TBQ, angles_TD = qkv_TBQ.contiguous(), angles_TD.contiguous()
+        out_TBO = qkv_TBQ.new_empty(*qkv_TBQ.shape[:2], heads.out_width)
+        _launch(forward_kernel, heads, qkv_TBQ, angles_TD, out_TBO)
+        ctx.save_for_backward(qkv_TBQ, angles_TD)
+        ctx.heads = heads
+        return out_TBO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TBO: Tensor) -> tuple[Tensor, None, None]:
+        qkv_TBQ, angles_TD = ctx.saved_tensors
+        dqkv_TBQ = torch.empty_like(qkv_TBQ)
+        _launch(backward_kernel, ctx.heads, qkv_TBQ, angles_TD, dout_TBO.contiguous(), dqkv_TBQ)
+        return dqkv_TBQ, None, None
+
+
+def _launch(kernel: triton.JITFunction, heads: Heads, qkv_TBQ: Tensor, *others: Tensor) -> None:
+    seq_len, batch_size = qkv_TBQ.shape[:2]
+    # 64 rows are the smallest tile of Hopper's matrix unit; a longer window takes a tile of its own.
+    block_rows = 64 if seq_len <= 64 else 128
+    windows = block_rows // seq_len
+    kernel[(triton.cdiv(batch_size, windows), heads.groups)](
+        qkv_TBQ,
+        *others,
+        batch_size,
+        seq_len,
+        heads.groups,
+        heads.heads_per_group,
+        windows,
+        heads.head_dim**-0.5,
+        HALF=heads.head_dim // 2,
+        BLOCK_M=block_rows,
+        num_warps=4 if block_rows == 64 else 8,
+    )

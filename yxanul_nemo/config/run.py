@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.bench import BenchConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
 from yxanul_nemo.config.model import ModelConfig
@@ -44,6 +45,7 @@ class RunConfig(Section):
     logging: LoggingConfig
     export: ExportConfig
     plan: PlanConfig = PlanConfig()
+    bench: BenchConfig = BenchConfig()
     stage: str | list[str] = "all"
     """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or plan alone."""
     phases: str | int | None = Field(default=None)

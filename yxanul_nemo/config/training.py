@@ -6,6 +6,8 @@ from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
 
+PrecisionName = Literal["fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8"]
+
 
 class OptimConfig(Section):
     """AdamW and its learning-rate schedule, a pure function of consumed tokens."""
@@ -33,7 +35,7 @@ class OptimConfig(Section):
 class PrecisionConfig(Section):
     """Number formats. Main parameters, gradient accumulation and loss are FP32 in all of them."""
 
-    name: Literal["fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8"]
+    name: PrecisionName
     """`fp8_hybrid`: E4M3 forward, E5M2 backward, delayed scaling; `fp8_e4m3`: E4M3 in both, delayed; `fp8_current`: hybrid formats
     scaled by the current tensor; `mxfp8`: Blackwell's block format."""
     fp8_amax_history_len: int = Field(default=16, ge=1)

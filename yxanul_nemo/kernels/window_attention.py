@@ -6,40 +6,18 @@ keys and values are never split into tensors of their own, and backward needs no
 spend their time on launches and layout at these lengths: a tile of theirs is longer than the window.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.window_attention_kernels import backward_kernel, forward_kernel
 
 LONGEST_WINDOW = 128
 """Longest window that these kernels take."""
 HEAD_DIMS = (32, 64, 128)
 """Widths of a head that they take."""
-
-
-class Heads(NamedTuple):
-    """Shape of grouped-query attention in this process."""
-
-    groups: int
-    """Key/value heads."""
-    heads_per_group: int
-    """Query heads that share one of them."""
-    head_dim: int
-    """Width of a head, one of `HEAD_DIMS`."""
-
-    @property
-    def qkv_width(self) -> int:
-        """Width of the mixed projection."""
-        return self.groups * (self.heads_per_group + 2) * self.head_dim
-
-    @property
-    def out_width(self) -> int:
-        """Width of the attention's output."""
-        return self.groups * self.heads_per_group * self.head_dim
 
 
 def why_unsupported(dtype: torch.dtype, seq_len: int, head_dim: int) -> str | None:

@@ -58,7 +58,7 @@ def _probabilities(qa_MH, qb_MH, ka_MH, kb_MH, visible_MM, scale: tl.constexpr):
     return e_MM / tl.sum(e_MM, axis=1)[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def forward_kernel(
     qkv,
     angles,
@@ -93,7 +93,7 @@ def forward_kernel(
         _store_halves(head_out, place_M, real_M, tl.dot(p_MM, va_MH), tl.dot(p_MM, vb_MH), out_width, HALF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch_size"])
 def backward_kernel(
     qkv,
     angles,

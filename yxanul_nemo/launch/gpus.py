@@ -91,9 +91,22 @@ BY_KEY = {gpu.key: gpu for gpu in GPUS}
 
 def found_gpus() -> list[str]:
     """Names of this machine's GPUs as nvidia-smi reports them; none where it is absent, fails or does not answer."""
+    return _query("name")
+
+
+def read_power_watts() -> float | None:
+    """What the first GPU draws now, by nvidia-smi; None where it does not say."""
+    readings = _query("power.draw")
+    try:
+        return float(readings[0]) if readings else None
+    except ValueError:
+        return None
+
+
+def _query(what: str) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
     except (subprocess.TimeoutExpired, OSError):

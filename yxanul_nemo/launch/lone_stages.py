@@ -6,22 +6,26 @@ import warnings
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import configure_logging
 
-LONE_STAGES = ("plan", "check", "inspect_data", "compare_tokenizers")
+LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers")
 
 
 def run_lone_stage(config: RunConfig, name: str) -> bool:
-    """Run one of `LONE_STAGES`; False if it finds that the recipe cannot run on this machine."""
+    """Run one of `LONE_STAGES`; False if it finds that the recipe, or a case of the benchmark, cannot run on this machine."""
     if name == "plan":
         from yxanul_nemo.launch.plan_stage import run_plan_stage
 
         run_plan_stage(config)
         return True
     configure_logging()
-    if name == "check":
+    if name in ("check", "bench"):
         # Libraries warn at import about optional parts that are absent by choice.
         warnings.filterwarnings("ignore")
         logging.getLogger("megatron").setLevel(logging.ERROR)
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        if name == "bench":
+            from yxanul_nemo.bench.stage import run_bench_stage
+
+            return run_bench_stage(config)
         from yxanul_nemo.launch.check import check_machine
 
         return check_machine(config)

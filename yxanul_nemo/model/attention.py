@@ -1,13 +1,15 @@
-"""Megatron-core's self-attention with the project's kernel for short windows, on GPUs."""
+"""Megatron-core's self-attention with the project's kernels around and, for short windows, in place of Transformer Engine's attention."""
 
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
-from yxanul_nemo.kernels.window_attention import Heads, why_unsupported, window_attention
+from yxanul_nemo.kernels.heads import Heads
+from yxanul_nemo.kernels.split_rope import split_rope
+from yxanul_nemo.kernels.window_attention import why_unsupported, window_attention
 
 
 class WindowSelfAttention(SelfAttention):
-    """Windows that fit one tile go through `window_attention`, RoPE included; all others the way of Transformer Engine.
+    """Windows that fit one tile go through `window_attention`, RoPE included; longer ones through `split_rope` and Transformer Engine.
 
     cuDNN's fused attention fails inside a CUDA graph below 128 tokens (illegal memory access; Transformer Engine 2.20, cuDNN 9.14), and
     unfused attention spends most of a step at these lengths on launches.
@@ -26,9 +28,14 @@ class WindowSelfAttention(SelfAttention):
             self.num_attention_heads_per_partition // self.num_query_groups_per_partition,
             self.hidden_size_per_attention_head,
         )
-        plain = attention_mask is None and all(option is None for option in options.values())
-        reason = why_unsupported(hidden_states.dtype, hidden_states.size(0), heads.head_dim)
-        if not plain or reason is not None or self.config.context_parallel_size > 1:
+        is_plain = rotary_pos_emb is not None and all(option is None for option in options.values())
+        # Under context parallelism a rank's tokens are not neighbours, which Transformer Engine's own path knows.
+        if not is_plain or self.config.context_parallel_size > 1 or heads.head_dim & (heads.head_dim - 1):
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **options)
         qkv_TBGX, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
-        return self.linear_proj(window_attention(qkv_TBGX.flatten(2), rotary_pos_emb[:, 0, 0], heads))
+        qkv_TBQ, angles_TD = qkv_TBGX.flatten(2), rotary_pos_emb[:, 0, 0]
+        if attention_mask is None and why_unsupported(qkv_TBQ.dtype, qkv_TBQ.size(0), heads.head_dim) is None:
+            return self.linear_proj(window_attention(qkv_TBQ, angles_TD, heads))
+        query, key, value = split_rope(qkv_TBQ, angles_TD, heads)
+        out_TBO = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        return self.linear_proj(out_TBO)

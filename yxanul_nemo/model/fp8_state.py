@@ -5,6 +5,8 @@ has no place for. The live tensors stand in `FP8GlobalStateManager.quantization_
 of the model's layers; they exist after the first forward and backward.
 """
 
+import importlib.util
+import os
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -30,3 +32,15 @@ def sharded_fp8_state() -> dict[str, ShardedTensor]:
     return {
         name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica) for name, tensor in scaling_tensors()
     }
+
+
+def forget_fp8_state() -> None:
+    """Drop the state of all models of this process, where a new one is to begin with none. Nothing without Transformer Engine."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    FP8GlobalStateManager.reset()
+    # Megatron-core writes its choice of attention into these and refuses another one in the same process.
+    for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
+        os.environ.pop(variable, None)

@@ -145,8 +145,6 @@ def transformer_config(
         persist_layer_norm=with_te,
         use_transformer_engine_op_fuser=with_te and parallel.op_fuser,
         attention_backend=attention_backend(seq_len, model.head_dim, dtype) if with_te else AttnBackend.auto,
-        # RoPE on the mixed projection, without tensors of their own for queries, keys and values before it.
-        fused_single_qkv_rope=with_te,
         gradient_accumulation_fusion=False,
         **fp8,
     )

@@ -1,0 +1,64 @@
+"""The benchmark: which cases are measured, and that what is timed is training."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from yxanul_nemo.bench.cases import bench_cases
+from yxanul_nemo.bench.stage import run_bench_stage
+from yxanul_nemo.config.load import compose, parse
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
+
+
+def test_the_phases_of_a_curriculum_are_measured_with_their_own_steps() -> None:
+    config = parse(compose(["recipe=yxanul_197m_h100"]))
+    cases = bench_cases(config)
+    assert [case.phase.seq_len for case in cases] == [phase.seq_len for phase in config.curriculum.phases]
+    for case, phase in zip(cases, config.curriculum.phases, strict=True):
+        assert case.micro_batch_tokens * case.accumulation == phase.tokens_per_step
+        assert case.micro_batch_tokens <= config.parallel.micro_batch_tokens
+
+
+def test_lists_are_tried_in_every_combination() -> None:
+    asked = ("bench.seq_len=[8,100,2048]", "bench.precision=[bf16,fp8_hybrid]", "bench.micro_batch_tokens=[8192,16384]")
+    cases = bench_cases(parse(compose(["recipe=yxanul_197m_h100", *asked])))
+    assert len(cases) == 12 == len({case.name for case in cases})
+    for case in cases:
+        assert case.phase.tokens_per_step % case.phase.seq_len == 0
+        assert case.accumulation * case.micro_batch_tokens == case.phase.tokens_per_step
+        assert case.micro_batch_tokens % case.precision.token_multiple == 0
+
+
+def test_a_length_without_positions_is_refused() -> None:
+    with pytest.raises(UserError, match=r"bench\.seq_len: has 9000"):
+        bench_cases(parse(compose(["recipe=yxanul_197m_h100", "bench.seq_len=[9000]"])))
+
+
+def test_the_figures_are_those_of_training_steps(
+    prepared: Path, make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("bench.seq_len=[16,64]", "bench.tokens_per_step=512", "bench.steps=6", "bench.profile=true")
+    config = make_config(f"run.dir={prepared}", *asked)
+    assert run_bench_stage(config)
+    (path,) = (prepared / "bench").glob("*.json")
+    report = json.loads(path.read_text())
+    assert report["data"] == f"the corpus in {prepared / 'data'}"
+    assert [case["seq_len"] for case in report["cases"]] == [16, 64]
+    for case in report["cases"]:
+        assert case["tokens_per_second"] == pytest.approx(case["tokens_per_step"] / case["step_seconds_median"])
+        # The logarithm of 700 ids is 6.55; ten steps of training have begun to lower it.
+        assert 4 < case["loss_nats_per_token"] < 6.6
+        assert case["kernels"][0]["seconds"] > 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_without_a_corpus_random_tokens_are_used_and_said(
+    tmp_path: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    config = make_config(f"run.dir={tmp_path}", "bench.seq_len=[16]", "bench.tokens_per_step=256", "bench.steps=2")
+    assert run_bench_stage(config)
+    (path,) = (tmp_path / "bench").glob("*.json")
+    assert "random tokens" in json.loads(path.read_text())["data"]

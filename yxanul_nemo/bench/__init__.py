@@ -1,0 +1,1 @@
+"""`stage=bench`: the product's own training step, timed for each shape."""

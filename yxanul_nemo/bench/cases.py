@@ -1,0 +1,83 @@
+"""The cases of a benchmark, from the configuration alone (no torch)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from yxanul_nemo.config.curriculum import PhaseConfig
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.training.phases import Phase, batch_layout, plan_phases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of the training step."""
+
+    phase: Phase
+    """What is trained on: its length, tokens per step, learning-rate scale and clip."""
+    precision: PrecisionConfig
+    micro_batch_size: int
+    """Windows of a micro-batch."""
+    accumulation: int
+    """Micro-batches of a step."""
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_batch_size * self.phase.seq_len
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.precision.name} seq_len {self.phase.seq_len} micro-batch {self.micro_batch_tokens} x {self.accumulation}"
+
+
+def bench_cases(config: RunConfig) -> list[Case]:
+    """Every combination that `bench` asks for, without repetitions.
+
+    Raises:
+        UserError: a length that the model has no positions for, or that does not fit a micro-batch.
+    """
+    found: dict[tuple[int, int, str, int], Case] = {}
+    for micro_batch_tokens in config.bench.micro_batch_tokens or [config.parallel.micro_batch_tokens]:
+        for precision in _precisions(config):
+            for phase in _phases(config, micro_batch_tokens):
+                size, accumulation = batch_layout(phase, 1, micro_batch_tokens, precision.token_multiple)
+                key = (phase.seq_len, phase.tokens_per_step, precision.name, size)
+                found.setdefault(key, Case(phase, precision, size, accumulation))
+    return list(found.values())
+
+
+def _precisions(config: RunConfig) -> Iterator[PrecisionConfig]:
+    for name in config.bench.precision or [config.precision.name]:
+        changed = {"name": name}
+        if not PrecisionConfig(name=name).is_fp8:
+            changed["fp8_attention"] = False
+        yield PrecisionConfig(**(config.precision.model_dump() | changed))
+
+
+def _phases(config: RunConfig, micro_batch_tokens: int) -> list[Phase]:
+    if config.bench.seq_len is None:
+        return plan_phases(config.curriculum)
+    limit = min(config.model.max_position_embeddings, micro_batch_tokens)
+    for seq_len in config.bench.seq_len:
+        if not 1 <= seq_len <= limit:
+            raise UserError(
+                "bench.seq_len", f"has {seq_len}", f"1 to {limit} (positions of the model and tokens of a micro-batch)"
+            )
+    lengths = [(n, _whole_step(n, micro_batch_tokens, config.bench.tokens_per_step)) for n in config.bench.seq_len]
+    asked = [PhaseConfig(tokens=tokens, seq_len=n, tokens_per_step=tokens) for n, tokens in lengths]
+    return [
+        plan_phases(config.curriculum.model_copy(update={"phases": [phase], "total_tokens": None}))[0]
+        for phase in asked
+    ]
+
+
+def _whole_step(seq_len: int, micro_batch_tokens: int, tokens_per_step: int | None) -> int:
+    """Tokens of the step that is nearest to what is asked for and consists of equal micro-batches that every precision can take."""
+    unit = math.lcm(seq_len, PrecisionConfig(name="mxfp8").token_multiple)
+    asked = tokens_per_step or 2 * micro_batch_tokens
+    micro_batch = max(unit, min(asked, micro_batch_tokens) // unit * unit)
+    return max(1, round(asked / micro_batch)) * micro_batch

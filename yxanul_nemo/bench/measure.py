@@ -1,0 +1,191 @@
+"""One case, timed: the session's own backend, windows, loader and meter, in a loop of whole optimizer steps."""
+
+import gc
+import itertools
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader
+
+from yxanul_nemo.bench.cases import Case
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows
+from yxanul_nemo.launch.gpus import gpu_named, read_power_watts
+from yxanul_nemo.model.build import build_model
+from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.training.backend import Backend, make_backend
+from yxanul_nemo.training.metrics import StepMeter
+
+POWER_PERIOD_SECONDS = 0.25
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one case took. Times are of single steps."""
+
+    step_seconds: list[float]
+    """Every timed step, in order: device time between steps on a GPU."""
+    data_wait_share: float
+    """Part of the time in which the loop waited for a batch."""
+    setup_seconds: float
+    """From nothing to the first timed step: building, warm-up, compilation, graph capture."""
+    peak_memory_bytes: int | None
+    """Most that tensors took on the GPU."""
+    power_watts: float | None
+    """Mean of nvidia-smi's readings while steps ran."""
+    uses_graph: bool
+    """Whether the steps were replays of a CUDA graph."""
+    loss_nats_per_token: float
+    """Of the last step, as a sign that real training was timed."""
+    kernels: list[tuple[str, float, int]] | None
+    """(name, seconds, launches) of one step's kernels, longest first, if asked for."""
+
+    @property
+    def median_seconds(self) -> float:
+        """Median of the steps."""
+        return statistics.median(self.step_seconds)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles, as a share of the median."""
+        first, _, third = statistics.quantiles(self.step_seconds, n=4)
+        return (third - first) / self.median_seconds
+
+
+def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: int, device: str) -> Result:
+    """Time `bench.steps` optimizer steps after `bench.warmup_steps`; everything that the case held is freed again."""
+    config = config.model_copy(update={"precision": case.precision})
+    _forget_states(device)
+    began = time.perf_counter()
+    phase, bench = case.phase, config.bench
+    model = build_model(
+        config.model, vocab_size, case.precision, config.parallel, config.run.seed, seq_len=phase.seq_len
+    )
+    backend = make_backend(model, config, device)
+    backend.prepare(case.micro_batch_size, case.accumulation, phase.seq_len)
+    layout = BatchLayout(case.micro_batch_size, case.accumulation, data_parallel=1)
+    batches = PhaseBatches(windows, layout, 0, 0, bench.warmup_steps + bench.steps + 1)
+    loader = iter(DataLoader(batches, batch_size=None, pin_memory=device == "cuda"))
+    steps = Steps(config, case, backend, loader, vocab_size, device)
+    steps.run(bench.warmup_steps)
+    setup_seconds = time.perf_counter() - began
+    with power_readings(device) as watts:
+        step_seconds, record = steps.run(bench.steps)
+    return Result(
+        step_seconds=step_seconds,
+        data_wait_share=record["data_wait_share"],
+        setup_seconds=setup_seconds,
+        peak_memory_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        power_watts=statistics.fmean(watts) if watts else None,
+        uses_graph=getattr(backend, "graph", None) is not None,
+        loss_nats_per_token=record["loss_nats_per_token"],
+        kernels=steps.profile() if bench.profile else None,
+    )
+
+
+class Steps:
+    """Optimizer steps as a training session takes them: a batch, the step, the meter's record every `logging.every_steps`."""
+
+    def __init__(self, config: RunConfig, case: Case, backend: Backend, loader: Iterator, vocab_size: int, device: str):
+        self.config, self.case, self.backend, self.loader, self.device = config, case, backend, loader, device
+        flops = training_flops_per_token(config.model, vocab_size, case.phase.seq_len)
+        self.meter = StepMeter(bytes_per_token=1.0, flops_per_token=flops)
+        self.lr = config.optim.lr * case.phase.lr_scale * 0.1
+
+    def run(self, count: int) -> tuple[list[float], Mapping[str, float]]:
+        """Seconds of each of `count` steps, and the last record."""
+        self._synchronize()
+        self.meter.restart()
+        marks = [self._mark()]
+        record: Mapping[str, float] = {}
+        for i in range(1, count + 1):
+            self._step()
+            if i % self.config.logging.every_steps == 0 or i == count:
+                record = self.meter.record()
+            marks.append(self._mark())
+        self._synchronize()
+        if self.device == "cuda":
+            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)], record
+        return [b - a for a, b in itertools.pairwise(marks)], record
+
+    def profile(self) -> list[tuple[str, float, int]]:
+        """Kernels of one step by the time that they take."""
+        on_gpu = self.device == "cuda"
+        activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+        with torch.profiler.profile(activities=[activity]) as profiler:
+            self._step()
+            self._synchronize()
+        rows = [
+            (event.key, (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6, event.count)
+            for event in profiler.key_averages()
+        ]
+        return sorted(rows, key=lambda row: -row[1])
+
+    def _step(self) -> None:
+        began = time.perf_counter()
+        ids_ABT, labels_ABT = next(self.loader)
+        self.meter.data_wait_seconds += time.perf_counter() - began
+        ids_ABT, labels_ABT = (x.to(self.device, non_blocking=True) for x in (ids_ABT, labels_ABT))
+        phase = self.case.phase
+        result = self.backend.train_step(ids_ABT, labels_ABT, self.lr, phase.grad_clip)
+        self.meter.add(phase.tokens_per_step, result.loss, result.grad_norm, result.applied)
+
+    def _mark(self) -> torch.cuda.Event | float:
+        if self.device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _synchronize(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+@contextmanager
+def power_readings(device: str) -> Iterator[list[float]]:
+    """Collect the GPU's power draw in watts while the block runs; stays empty where it cannot be read."""
+    watts: list[float] = []
+    stopped = threading.Event()
+
+    def read() -> None:
+        while not stopped.wait(POWER_PERIOD_SECONDS):
+            reading = read_power_watts()
+            if reading is None:
+                return
+            watts.append(reading)
+
+    if device != "cuda":
+        yield watts
+        return
+    thread = threading.Thread(target=read, name="power readings", daemon=True)
+    thread.start()
+    try:
+        yield watts
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def peak_flops_per_second(device: str) -> float | None:
+    """The GPU's dense BF16 peak by its data sheet; None for CPUs and GPUs that are not in the table."""
+    if device != "cuda":
+        return None
+    gpu = gpu_named(torch.cuda.get_device_name())
+    return gpu.bf16_flops_per_second if gpu else None
+
+
+def _forget_states(device: str) -> None:
+    """Free what the case before held: FP8 scales are global in Transformer Engine, memory is in torch's cache."""
+    gc.collect()
+    if device == "cuda":
+        from yxanul_nemo.model.fp8_state import forget_fp8_state
+
+        forget_fp8_state()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

@@ -1,0 +1,195 @@
+"""`stage=bench`: time every case, show a table, and keep the figures in `run.dir/bench/`."""
+
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.indexed import IndexedTokens
+from data_prep.manifest import MANIFEST_NAME, load_manifest
+from yxanul_nemo.bench.cases import Case, bench_cases
+from yxanul_nemo.bench.measure import measure, peak_flops_per_second
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.data.blend import normalized_shares
+from yxanul_nemo.data.windows import PhaseWindows, open_streams
+from yxanul_nemo.disk_errors import disk_errors
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.launch.environment import describe_environment
+from yxanul_nemo.launch.estimates import MEASURED_VOCAB_SIZE
+from yxanul_nemo.log import logger
+from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.training.phases import source_sizes
+
+GIB = 1 << 30
+KERNELS_SHOWN = 20
+COLUMNS = (
+    "precision", "seq len", "tokens/step", "micro-batch", "tokens/s", "ms/step", "+-", "MFU", "GiB", "W", "data", "graph"
+)  # fmt: skip
+FILE_WIDTH = 150
+"""Columns of a table where it does not go to a terminal."""
+
+
+def run_bench_stage(config: RunConfig) -> bool:
+    """Measure all cases; False if one of them could not run."""
+    cases = bench_cases(config)
+    device = resolve_device(config.parallel)
+    corpus = Corpus(config)
+    logger.info("%d cases on %s, data: %s", len(cases), _device_name(device), corpus.description)
+    peak = peak_flops_per_second(device)
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        rows.append(_describe(case) | _run(config, case, corpus, device, peak))
+        _log(case, rows[-1])
+    path = config.run.dir / "bench" / time.strftime("bench-%Y%m%d-%H%M%S.json")
+    report = {
+        "environment": describe_environment(),
+        "device": _device_name(device),
+        "peak_bf16_flops_per_second": peak,
+        "model": config.model.name,
+        "vocab_size": corpus.vocab_size,
+        "data": corpus.description,
+        "timed_steps": config.bench.steps,
+        "cases": rows,
+    }
+    with disk_errors(path, "writing the benchmark's figures"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json_atomic(path, report)
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+    console.print(_table(rows, peak))
+    for row in rows:
+        if row.get("kernels"):
+            console.print(_kernel_table(row))
+    console.print(f"written: {path}", soft_wrap=True, markup=False)
+    return all("error" not in row for row in rows)
+
+
+class Corpus:
+    """Where the steps' tokens come from: the run's prepared corpus, or random ones where there is none."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.vocab_size = MEASURED_VOCAB_SIZE if config.tokenizer.vocab_size is None else config.tokenizer.vocab_size
+        self.description = f"random tokens of {self.vocab_size:,} (no corpus is prepared in {config.data_dir})"
+        self._streams: list[Any] = [RandomTokens(self.vocab_size, config.data.seed)]
+        self._shares = np.ones(1)
+        if (config.data_dir / MANIFEST_NAME).is_file():
+            manifest = load_manifest(config.data_dir)
+            names = config.data.source_names
+            sizes = source_sizes(config, manifest)
+            shards = {
+                name: [IndexedTokens(prefix) for prefix in manifest.prefixes(config.data_dir, name, "train")]
+                for name in names
+            }
+            self._streams = open_streams(shards, config.data.seed)
+            self._shares = normalized_shares(names, config.curriculum.blend, sizes)
+            self.vocab_size = manifest.vocab_size
+            self.description = f"the corpus in {config.data_dir}"
+
+    def windows(self, seq_len: int) -> PhaseWindows:
+        """Windows from the beginning of each source."""
+        return PhaseWindows(self._streams, self._shares, [0] * len(self._streams), seq_len)
+
+
+class RandomTokens:
+    """A stream of uniform random tokens, in the shape of `data.stream.TokenStream`."""
+
+    def __init__(self, vocab_size: int, seed: int):
+        self.vocab_size, self._random = vocab_size, np.random.default_rng(seed)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` tokens; `start` is of no consequence."""
+        return self._random.integers(0, self.vocab_size, count)
+
+
+def _run(config: RunConfig, case: Case, corpus: Corpus, device: str, peak: float | None) -> dict[str, Any]:
+    try:
+        result = measure(config, case, corpus.windows(case.phase.seq_len), corpus.vocab_size, device)
+    except UserError as error:
+        return {"error": str(error)}
+    except torch.OutOfMemoryError:
+        return {"error": "out of memory"}
+    rate = case.phase.tokens_per_step / result.median_seconds
+    flops = training_flops_per_token(config.model, corpus.vocab_size, case.phase.seq_len)
+    return {
+        "tokens_per_second": rate,
+        "step_seconds_median": result.median_seconds,
+        "step_seconds_spread": result.spread,
+        "model_flops_per_second": rate * flops,
+        "mfu": rate * flops / peak if peak else None,
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "power_watts": result.power_watts,
+        "data_wait_share": result.data_wait_share,
+        "setup_seconds": result.setup_seconds,
+        "cuda_graph": result.uses_graph,
+        "loss_nats_per_token": result.loss_nats_per_token,
+        "kernels": result.kernels and [{"name": n, "seconds": s, "launches": c} for n, s, c in result.kernels],
+    }
+
+
+def _describe(case: Case) -> dict[str, Any]:
+    return {
+        "precision": case.precision.name,
+        "seq_len": case.phase.seq_len,
+        "tokens_per_step": case.phase.tokens_per_step,
+        "micro_batch_size": case.micro_batch_size,
+        "accumulation": case.accumulation,
+    }
+
+
+def _log(case: Case, row: dict[str, Any]) -> None:
+    if "error" in row:
+        logger.info("%s: %s", case.name, row["error"])
+    else:
+        logger.info("%s: %s tokens/s", case.name, f"{row['tokens_per_second']:,.0f}")
+
+
+def _table(rows: list[dict[str, Any]], peak: float | None) -> Table:
+    stated = (
+        f"MFU against {peak / 1e12:g} TFLOP/s (dense BF16)" if peak else "MFU: the device's peak is not in the table"
+    )
+    table = Table(
+        box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=f"medians; +- is the distance of the quartiles; {stated}"
+    )
+    for header in COLUMNS:
+        table.add_column(header, justify="left" if header == "precision" else "right")
+    for row in rows:
+        shape = f"{row['micro_batch_size']:,} x {row['accumulation']}"
+        cells = [row["precision"], str(row["seq_len"]), f"{row['tokens_per_step']:,}", shape]
+        if "error" in row:
+            table.add_row(*cells, row["error"].splitlines()[0])
+            continue
+        table.add_row(
+            *cells,
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['step_seconds_median'] * 1e3:,.1f}",
+            f"{row['step_seconds_spread']:.1%}",
+            f"{row['mfu']:.1%}" if row["mfu"] else "-",
+            f"{row['peak_memory_bytes'] / GIB:.1f}" if row["peak_memory_bytes"] else "-",
+            f"{row['power_watts']:.0f}" if row["power_watts"] else "-",
+            f"{row['data_wait_share']:.1%}",
+            "yes" if row["cuda_graph"] else "no",
+        )
+    return table
+
+
+def _kernel_table(row: dict[str, Any]) -> Table:
+    total = sum(kernel["seconds"] for kernel in row["kernels"])
+    title = f"kernels of one step, {row['precision']}, seq_len {row['seq_len']}"
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
+    for header, justify in (("share", "right"), ("ms", "right"), ("launches", "right"), ("kernel", "left")):
+        table.add_column(header, justify=justify, no_wrap=header == "kernel")
+    for kernel in row["kernels"][:KERNELS_SHOWN]:
+        seconds = kernel["seconds"]
+        table.add_row(f"{seconds / total:.1%}", f"{seconds * 1e3:.2f}", str(kernel["launches"]), kernel["name"][:90])
+    return table
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else f"the CPU, {torch.get_num_threads()} threads"

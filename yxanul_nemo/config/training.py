@@ -43,7 +43,9 @@ class PrecisionConfig(Section):
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
     """How the history becomes a scale."""
     fp8_attention: bool = False
-    """Run the attention core in FP8 too."""
+    """Run the attention core in FP8 too (windows of up to 128 tokens have a kernel of their own, which stays in BF16)."""
+    bf16_first_tokens: int = Field(default=0, ge=0)
+    """Tokens at the beginning of the run that are trained in BF16, before FP8 takes over."""
 
     @property
     def is_fp8(self) -> bool:
@@ -65,6 +67,8 @@ class PrecisionConfig(Section):
     def _fp8_only(self) -> "PrecisionConfig":
         if not self.is_fp8 and self.fp8_attention:
             raise ValueError(f"fp8_attention=true has no meaning with name={self.name}")
+        if not self.is_fp8 and self.bf16_first_tokens:
+            raise ValueError(f"bf16_first_tokens={self.bf16_first_tokens} has no meaning with name={self.name}")
         return self
 
 

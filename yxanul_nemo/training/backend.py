@@ -29,8 +29,14 @@ class Backend(Protocol):
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Warm up for this shape (a CUDA graph is captured here). Called once, before a checkpoint's state is loaded."""
 
-    def train_step(self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float) -> StepResult:
-        """One optimizer step over accumulated micro-batches [accumulation, micro_batch_size, seq_len]."""
+    def train_step(
+        self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
+    ) -> StepResult:
+        """One optimizer step over accumulated micro-batches [accumulation, micro_batch_size, seq_len].
+
+        Args:
+            in_bf16: leave FP8 out of this step, where the precision has it.
+        """
 
     def sharded_state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit by bit, as Megatron-core's sharded tensors over live storage."""

@@ -27,8 +27,11 @@ class CpuBackend:
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Nothing to warm up."""
 
-    def train_step(self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float) -> StepResult:
+    def train_step(
+        self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
+    ) -> StepResult:
         """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
+        assert not in_bf16, "a CPU has no FP8 to leave out"
         self.model.train()
         self.model.zero_grad(set_to_none=True)
         loss_sum = torch.zeros((), dtype=torch.float64)

@@ -26,6 +26,7 @@ class CudaBackend:
     def __init__(self, model: YxanulGPT, config: RunConfig):
         self.model = model
         self.is_fp8 = config.precision.is_fp8
+        self.fp8_format = model.config.fp8
         self.use_graph = config.parallel.cuda_graph
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         # Gradients are reduced once per step, after the last micro-batch, so that a graph holds no communication.
@@ -50,8 +51,11 @@ class CudaBackend:
             self._forward_backward()
         torch.cuda.synchronize()
 
-    def train_step(self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float) -> StepResult:
+    def train_step(
+        self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
+    ) -> StepResult:
         """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
+        self._use_fp8(self.is_fp8 and not in_bf16)
         if self.use_graph and self.graph is None:
             self._capture()
         self.ddp.zero_grad_buffer()
@@ -87,6 +91,17 @@ class CudaBackend:
             loss_BT = self.ddp(self.ids_BT, self.labels_BT)
             (loss_BT.sum() * self.scale).backward()
         self.loss_sum += loss_BT.detach().sum(dtype=torch.float64)
+
+    def _use_fp8(self, wanted: bool) -> None:
+        """Have layers compute in FP8 or not from here on. Their scales stay as they are meanwhile."""
+        if wanted == bool(self.model.config.fp8) or not self.is_fp8:
+            return
+        self.model.config.fp8 = self.fp8_format if wanted else None
+        logger.info("layers compute in %s from here on", "FP8" if wanted else "BF16")
+        self.graph = None
+        if not wanted:
+            # What BF16 products need must exist before capture; for FP8 `prepare` has seen to it. The gradients are zeroed next.
+            self._forward_backward()
 
     def _update(self, lr: float, grad_clip: float) -> tuple[Tensor, Tensor]:
         """One update of the optimizer; returns (norm before clipping, whether it was applied)."""

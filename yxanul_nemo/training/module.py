@@ -29,13 +29,14 @@ class PhaseModule(pl.LightningModule):
         optim: OptimConfig,
         total_tokens: int,
         meter: StepMeter,
+        bf16_first_tokens: int = 0,
     ):
         super().__init__()
         self.automatic_optimization = False
         # Lightning must not move, save or wrap the model: the backend owns it.
         self._backend = [backend]
         self.phase, self.windows, self.source_names, self.optim = phase, windows, source_names, optim
-        self.total_tokens, self.meter = total_tokens, meter
+        self.total_tokens, self.meter, self.bf16_first_tokens = total_tokens, meter, bf16_first_tokens
         self.start_ledger = ledger
         self.steps_done = ledger.phase_tokens // phase.tokens_per_step
         self.last_lr = 0.0
@@ -69,7 +70,8 @@ class PhaseModule(pl.LightningModule):
         ids_ABT, labels_ABT = batch
         after = self.tokens_total + self.phase.tokens_per_step
         self.last_lr = learning_rate(self.optim, after, self.total_tokens, self.phase.lr_scale)
-        result = self.backend.train_step(ids_ABT, labels_ABT, self.last_lr, self.phase.grad_clip)
+        in_bf16 = self.tokens_total < self.bf16_first_tokens
+        result = self.backend.train_step(ids_ABT, labels_ABT, self.last_lr, self.phase.grad_clip, in_bf16=in_bf16)
         self.meter.add(self.phase.tokens_per_step, result.loss, result.grad_norm, result.applied)
         self.steps_done += 1
 

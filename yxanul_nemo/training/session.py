@@ -165,6 +165,7 @@ class PhaseSession:
             config.optim,
             total_tokens(self.phases),
             StepMeter(self._bytes_per_token(), self._flops_per_token()),
+            config.precision.bf16_first_tokens,
         )
         batches = PhaseBatches(
             self.windows, self.layout, parallel_state.get_data_parallel_rank(), first_step, phase.steps

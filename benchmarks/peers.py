@@ -2,12 +2,16 @@
 
     python -m benchmarks.peers [--seq-lens 2048 128] [--micro-batch-tokens 32768] [--only product-fp8 torch-cce ...]
 
-Every rival has FP32 main weights and moments, BF16 products, clipping and fused AdamW, and gets the same number of tokens in a step. `torch-*`:
-plain torch layers with torch.compile (each block compiled once), autocast and the same factorized tied embedding, with `cut-cross-entropy`
-(`pip install cut-cross-entropy`) or with logits in chunks that are computed again in backward. `hugging-face`: LlamaForCausalLM under
-torch.compile; its embedding is folded to [vocabulary, 768]. `megatron-*`: Megatron-core's GPTModel with its Transformer Engine layers, its own
-embedding [vocabulary, 768] and its own loss, without CUDA graphs. A rival whose micro-batch does not fit into memory gets half of it, and
-that is shown. `product-*` is this project's step, with and without CUDA graphs.
+Every rival has FP32 main weights and moments, BF16 products, clipping and fused AdamW, and gets the same number of tokens in a step.
+
+torch-*       plain torch layers with torch.compile (each block compiled once), autocast and the same factorized tied embedding, with
+              `cut-cross-entropy` (`pip install cut-cross-entropy`) or with logits in chunks that are computed again in backward
+hugging-face  LlamaForCausalLM under torch.compile; its embedding is folded to [vocabulary, 768]
+megatron-*    Megatron-core's GPTModel with its Transformer Engine layers, its own embedding [vocabulary, 768], loss and optimizer,
+              without CUDA graphs
+product-*     this project's step, with and without CUDA graphs
+
+A contender whose micro-batch does not fit into memory gets half of it, and that is shown.
 """
 
 import argparse

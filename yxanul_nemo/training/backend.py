@@ -38,6 +38,9 @@ class Backend(Protocol):
             in_bf16: leave FP8 out of this step, where the precision has it.
         """
 
+    def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
+        """Take FP8's delayed scales from a batch, without an update: for the step at which FP8 takes over from BF16."""
+
     def sharded_state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit by bit, as Megatron-core's sharded tensors over live storage."""
 

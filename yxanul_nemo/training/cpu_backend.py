@@ -46,6 +46,9 @@ class CpuBackend:
         norm, applied = self.optimizer.step([param.grad for param in self.optimizer.params], lr, grad_clip)
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
+    def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
+        """A CPU has no scales."""
+
     def sharded_state(self) -> dict[str, Any]:
         """Weights and optimizer, as views that a checkpoint's tensors can be copied into."""
         return self.optimizer.sharded_state(self.model.sharded_state_dict())

@@ -77,6 +77,15 @@ class CudaBackend:
         norm, applied = self._update(lr, grad_clip)
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
+    def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
+        """Take FP8's delayed scales from a batch, without an update: those from before are of other weights and would overflow."""
+        self._use_fp8(self.is_fp8)
+        self.ids_BT.copy_(ids_ABT[0])
+        self.labels_BT.copy_(labels_ABT[0])
+        self.scale.fill_(1.0 / ids_ABT.numel())
+        for _ in range(WARMUP_PASSES):
+            self._forward_backward()
+
     def sharded_state(self) -> dict[str, Any]:
         """Weights, optimizer and FP8 scales, as views that a checkpoint's tensors can be copied into."""
         state = self.optimizer.sharded_state(self.model.sharded_state_dict())

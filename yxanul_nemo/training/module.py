@@ -1,5 +1,7 @@
 """The Lightning module of one phase: each batch is one whole optimizer step, everything else is a function of tokens."""
 
+import math
+
 import lightning.pytorch as pl
 from torch import Tensor
 
@@ -51,6 +53,11 @@ class PhaseModule(pl.LightningModule):
         """Tokens consumed by the run so far."""
         return self.phase.first_token + self.steps_done * self.phase.tokens_per_step
 
+    @property
+    def _first_fp8_step(self) -> int:
+        """Step of this phase at which FP8 takes over from BF16, also where a checkpoint lies right before it; 0 in later phases."""
+        return max(0, math.ceil((self.bf16_first_tokens - self.phase.first_token) / self.phase.tokens_per_step))
+
     def ledger(self) -> Ledger:
         """The ledger after the steps done so far."""
         before = self.start_ledger.phase_tokens // self.phase.tokens_per_step
@@ -71,6 +78,8 @@ class PhaseModule(pl.LightningModule):
         after = self.tokens_total + self.phase.tokens_per_step
         self.last_lr = learning_rate(self.optim, after, self.total_tokens, self.phase.lr_scale)
         in_bf16 = self.tokens_total < self.bf16_first_tokens
+        if self.bf16_first_tokens and self.steps_done == self._first_fp8_step:
+            self.backend.calibrate(ids_ABT, labels_ABT)
         result = self.backend.train_step(ids_ABT, labels_ABT, self.last_lr, self.phase.grad_clip, in_bf16=in_bf16)
         self.meter.add(self.phase.tokens_per_step, result.loss, result.grad_norm, result.applied)
         self.steps_done += 1

@@ -115,6 +115,8 @@ def transformer_config(
             "fp8_amax_history_len": precision.fp8_amax_history_len,
             "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
             "fp8_dot_product_attention": precision.fp8_attention,
+            # Otherwise attention's projections keep their first FP8 weights until `set_is_first_microbatch`, which a graph cannot hold.
+            "disable_parameter_transpose_cache": True,
         }
     return TransformerConfig(
         num_layers=model.num_layers,

@@ -18,10 +18,11 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.gpu_table import BY_KEY, GPUS, gpu_named
 from yxanul_nemo.launch.estimates import forecast_speed
-from yxanul_nemo.launch.gpus import BY_KEY, GPUS, choose_gpu, gpu_named
+from yxanul_nemo.launch.gpus import choose_gpu
 from yxanul_nemo.launch.plan import Plan, learning_rates, make_plan
-from yxanul_nemo.launch.plan_stage import print_plan, run_plan_stage
+from yxanul_nemo.launch.plan_stage import disk_warnings, print_plan, run_plan_stage
 from yxanul_nemo.model.memory import MEASURED_MODEL, forecast_memory_bytes, largest_micro_batch_tokens
 from yxanul_nemo.training.identity import expected_run, phase_plan
 from yxanul_nemo.training.phases import plan_phases, total_tokens
@@ -161,6 +162,13 @@ def test_cost_is_hours_times_gpus_times_price(tmp_path: Path) -> None:
     assert eight.total_cost == pytest.approx(8 * 3 * eight.total_seconds / 3600)
     assert {phase.data_parallel for phase in eight.phases} == {8}
     assert any("8 ranks" in warning for warning in eight.warnings)
+
+
+def test_too_little_disk_is_noted(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "recipe=yxanul_197m_h100")
+    assert disk_warnings(plan, plan.checkpoints_disk_bytes) == []
+    (warning,) = disk_warnings(plan, plan.checkpoints_disk_bytes - 1)
+    assert "run.dir" in warning and str(tmp_path) in warning
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ def _override_error(error: Exception, overrides: Sequence[str]) -> UserError:
     named = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text)
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides if "=" in override]
     values = _chosen_groups(overrides, groups)
+    if named and named.group(1) in keys_of(RunConfig):
+        return _unreachable_key(named.group(1), getattr(error.__cause__, "full_key", named.group(1)))
     for key in [named.group(1)] if named else keys:
         hint = suggest_key(key, values, groups)
         if hint or named:
@@ -123,6 +125,22 @@ def _chosen_groups(overrides: Sequence[str], groups: Sequence[str]) -> dict[str,
         return OmegaConf.to_container(hydra.compose("config", overrides=choices), resolve=False)
     except (HydraException, OmegaConfBaseException):
         return {}
+
+
+def _unreachable_key(key: str, missing: str) -> UserError:
+    """A key of the schema that the chosen files of conf/ lack: `missing` is what Hydra looked for, the key itself or an entry in it."""
+    if missing != key:
+        return UserError(
+            key, f"has no entry '{missing.removeprefix(key + '.')}' to change", f"+{key}=... for a new one"
+        )
+    group, _, rest = key.partition(".")
+    first = rest.partition(".")[0]
+    options = [
+        f"{group}={path.stem}"
+        for path in sorted((CONF_DIR / group).glob("*.yaml"))
+        if first in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
+    return UserError(key, f"is no key of the chosen {group}", " or ".join(options))
 
 
 def _first_line(error: Exception) -> str:

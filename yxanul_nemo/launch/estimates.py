@@ -16,7 +16,6 @@ from yxanul_nemo.gpu_table import BY_KEY, Gpu
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.model.memory import MEASURED_MODEL, MEASURED_VOCAB_SIZE
 
-GIB = 1 << 30
 MEASURED_ON = "one H200 SXM, 197M model, 2026-11-23"
 MEASURED_GPU = BY_KEY["h200"]
 MEASURED_MICRO_BATCH_TOKENS = 32_768

@@ -14,6 +14,8 @@ LOOKING = {
     "plan.gpu=h100 plan.gpus=8 plan.price_per_gpu_hour=2.5",
     "check": "what this machine can do and what the recipe would use here; exit code 1 if it cannot run",
     "bench": "tokens/s, MFU and memory of the training step for each phase; bench.seq_len=[8,2048] bench.profile=true",
+    "status": "what is done, running and waiting, with speed and time left",
+    "cancel": "ends the jobs of a run that cluster=slurm has submitted",
     "inspect_data": "the prepared corpus with samples",
     "compare_tokenizers": "the run's tokenizer beside plain BPE of its size",
     "report": "run.dir/report/index.html: curves, plan and reality, held-out text, samples; runs=[runs/a,runs/b] compares",
@@ -36,7 +38,7 @@ Try in this order: stage=plan, stage=check, stage=all, stage=report.
 
 STAGES  all (the default) is these four; each also alone, several as stage=[train,export]
 {_entries(PIPELINE)}
-These look and change nothing in a run; one at a time:
+These run alone; all but cancel only look:
 {_entries(LOOKING)}
 
 RECIPES  recipe=NAME, a short list of choices over conf/
@@ -50,6 +52,8 @@ KEYS  key=value changes one, as in optim.lr=3e-4 or curriculum.phases.0.seq_len=
 
 REPEATING a command does only what is not done yet, after a crash too. Ctrl-C, SIGTERM and SIGUSR1 save and end.
 Everything of a run is in run.dir (default runs/<recipe>): checkpoints/, metrics.jsonl, tensorboard/, validation/, export/, logs/.
+
+ON SLURM  cluster=slurm submits the stages as a chain of jobs; cluster.dry_run=true only prints them.
 
 EXIT CODES  0 done, or saved and stopped by a scheduler; 1 a failure of ours; 2 a mistake in what was asked for; 130 Ctrl-C.
 

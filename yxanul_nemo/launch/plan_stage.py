@@ -14,9 +14,10 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.figures import count, duration, rate, size
 from yxanul_nemo.files import write_json_atomic
-from yxanul_nemo.launch.estimates import GIB
 from yxanul_nemo.launch.gpus import found_gpus
-from yxanul_nemo.launch.plan import COMFORTABLE_SHARE, Plan, make_plan
+from yxanul_nemo.launch.plan import Plan, make_plan
+from yxanul_nemo.launch.scaling_table import print_scaling
+from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB
 
 PLAN_NAME = "plan.json"
 MAX_WIDTH = 1000
@@ -62,6 +63,7 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
         console.print(table)
     for line in summary_lines(plan):
         console.print(line, soft_wrap=True)
+    print_scaling(plan.scaling, console)
     for warning in plan.warnings:
         console.print(f"[yellow]note:[/yellow] {warning}", soft_wrap=True)
     console.print(f"written: {path}", soft_wrap=True, markup=False)

@@ -8,7 +8,7 @@ class Task:
     """What a worker is to do."""
 
     kind: str
-    """train, validate or export."""
+    """train, validate or export; data too where stages are jobs of their own."""
     phase: int = 0
     """Phase of a train task."""
 

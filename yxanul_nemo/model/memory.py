@@ -1,4 +1,4 @@
-"""How much memory training takes on a GPU, and the micro-batch that fits: the 197M model's measured peaks, carried over by widths. No torch.
+"""What training takes of a GPU's memory, and the micro-batch that fits: the 197M model's measured peaks, carried over by widths. No torch.
 
 The peaks are those of `torch.cuda.max_memory_allocated` in `stage=bench` (BENCHMARKS.md).
 """

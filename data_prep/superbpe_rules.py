@@ -1,5 +1,8 @@
 """The rules of byte-level BPE and of SuperBPE: how text is cut before merging, and how a tokenizer is put together."""
 
+import json
+from typing import Any
+
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
@@ -24,6 +27,17 @@ def _digit_rules() -> list[pre_tokenizers.PreTokenizer]:
 def superword_rules() -> pre_tokenizers.PreTokenizer:
     """The pre-tokenizer of a finished SuperBPE tokenizer: digit groups apart, everything else in one piece."""
     return pre_tokenizers.Sequence([*_digit_rules(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def follows_superword_rules(description: dict[str, Any]) -> bool:
+    """Whether a tokenizer (its tokenizer.json as a dictionary) is plain BPE after `superword_rules` and nothing else."""
+    plain = tokenizers.Tokenizer(models.BPE())
+    plain.pre_tokenizer = superword_rules()
+    expected = json.loads(plain.to_str())
+    model = description["model"]
+    return all(
+        model.get(key) == value for key, value in expected["model"].items() if key not in ("vocab", "merges")
+    ) and all(description[part] == expected[part] for part in ("normalizer", "pre_tokenizer", "post_processor"))
 
 
 def word_rules() -> pre_tokenizers.PreTokenizer:

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from data_prep.superbpe_rules import byte_alphabet, superword_rules
+from data_prep.superbpe_rules import byte_alphabet, follows_superword_rules, superword_rules
 
 FIRST_PRIVATE = 0x10000
 """Token i stands as the character FIRST_PRIVATE + i; Unicode ends above a million."""
@@ -68,18 +68,9 @@ class SuperwordEncoder:
     def for_tokenizer(cls, tokenizer: tokenizers.Tokenizer) -> Self | None:
         """The encoder, or None if the tokenizer's rules are not SuperBPE's or its merges do not meet the conditions."""
         description = json.loads(tokenizer.to_str())
-        rules = tokenizers.Tokenizer(models.BPE())
-        rules.pre_tokenizer = superword_rules()
-        expected = json.loads(rules.to_str())
-        model = description["model"]
-        same_options = all(
-            model.get(key) == value for key, value in expected["model"].items() if key not in ("vocab", "merges")
-        )
-        same_rules = all(
-            description[part] == expected[part] for part in ("normalizer", "pre_tokenizer", "post_processor")
-        )
-        if not (same_options and same_rules):
+        if not follows_superword_rules(description):
             return None
+        model = description["model"]
         merges = [(left, right) for left, right in model["merges"]]
         made = [left + right for left, right in merges]
         alphabet = byte_alphabet()

@@ -1,6 +1,7 @@
 """The rules of byte-level BPE and of SuperBPE: how text is cut before merging, and how a tokenizer is put together."""
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import tokenizers
@@ -50,6 +51,14 @@ def byte_alphabet() -> dict[str, int]:
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(plain)]
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def token_contents(tokens: Sequence[str]) -> list[bytes]:
+    """The bytes that byte-level tokens stand for."""
+    between = chr(256)
+    table = {ord(character): byte for character, byte in byte_alphabet().items()} | {ord(" "): between}
+    text = " ".join(tokens).translate(table)  # A space stands for no byte there.
+    return [content.encode("latin-1") for content in text.split(between)] if tokens else []
 
 
 def assemble(

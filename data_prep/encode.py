@@ -88,6 +88,8 @@ class ShardTask:
     source: str
     shard: InputShard
     options: ShardOptions
+    input_gone: bool = False
+    """The source's input was removed after it was prepared."""
 
     def open(self) -> ShardReader:
         """The input. Raises UserError if it cannot be read."""

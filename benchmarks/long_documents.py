@@ -29,10 +29,23 @@ KINDS: dict[str, Callable[[int], str]] = {
     "one letter": lambda length: "a" * length,
     "spaces": lambda length: " " * length,
 }
-WORDS = [
-    *"the of and in to model data a is token length text words between which training, document. (see)".split(),
+WORDS = (
+    "the",
+    "of",
+    "and",
+    "in",
+    "to",
+    "model",
+    "data",
+    "a",
+    "is",
+    "token",
+    "length",
+    "text",
+    "document.",
+    "(see)",
     "\n",
-]
+)
 
 
 def main(arguments: list[str]) -> None:

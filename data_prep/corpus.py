@@ -70,6 +70,7 @@ def prepare_corpus(
         )
         if manifest != old:
             manifest.save(data_dir)
+            _warn_of_copies(manifest)
         return manifest
 
 
@@ -213,6 +214,16 @@ def _refuse_other_corpus(data_dir: Path, old: CorpusManifest, tasks: dict[str, l
         )
 
 
+def _warn_of_copies(manifest: CorpusManifest) -> None:
+    """Shards with the same bytes are most often a mistake of copying; their text is trained on twice."""
+    first: dict[str, str] = {}
+    for name, source in manifest.sources.items():
+        for entry in source.inputs:
+            shard = f"{name}/{entry.file}"
+            if (same := first.setdefault(entry.sha256, shard)) != shard:
+                logger.warning("%s is a copy of %s, so that its text counts twice", shard, same)
+
+
 def _listed(names: set[str]) -> str:
     shown = sorted(names)[:LISTED]
     return ", ".join(shown) + (f" and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
@@ -275,9 +286,12 @@ def _manifest(encoder: Encoder, heldout_fraction: float, records: dict[str, list
             heldout=[record.heldout for record in group if record.heldout],
         )
         if not sources[name].train:
-            skipped = sum(entry.rows for entry in sources[name].inputs)
+            rows = sum(entry.rows for entry in sources[name].inputs)
             raise UserError(
-                f"data.sources.{name}", f"has no document to train on ({skipped} rows, all empty or held out)"
+                f"data.sources.{name}",
+                f"has no document to train on: {rows:,} rows in {len(group)} shards, {sources[name].skipped_rows()}, "
+                f"{sources[name].documents('heldout'):,} held out",
+                "at least one document that is not held out",
             )
     return CorpusManifest(
         tokenizer_fingerprint=encoder.fingerprint,

@@ -78,7 +78,9 @@ def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
     """Keys of a section and of what lies in its maps and lists; at the top without the sections, which have their own tables."""
     for name, field in section.model_fields.items():
         inner = _section(field.annotation)
-        if inner is not None and section is RunConfig:
+        if inner is not None:
+            if section is not RunConfig:
+                yield from _leaves(inner, f"{prefix}{name}.")
             continue
         yield prefix + name, field
         for one in (field.annotation, *get_args(field.annotation)):

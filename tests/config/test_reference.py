@@ -14,5 +14,8 @@ def test_every_key_has_a_row_with_its_meaning() -> None:
     rows = [[cell.strip(" `|") for cell in line.split(" | ")] for line in text.splitlines() if line.startswith("| `")]
     meanings = {row[0]: row[-1] for row in rows if len(row) == 4}
     sections = {name for name in RunConfig.model_fields if f"\n## {name}\n" in text}
-    for key in set(keys_of(RunConfig)) - sections:
-        assert len(meanings[key]) > 5, key
+    keys = set(keys_of(RunConfig)) - sections
+    for key in keys:
+        # A section in a section has a row for each of its keys instead.
+        if not any(other.startswith(f"{key}.") for other in keys - {key}) or key in meanings:
+            assert len(meanings[key]) > 5, key

@@ -85,7 +85,7 @@ def run_stages(config: RunConfig) -> None:
         submit_chain(config, stages)
         return
     run_here(config, stages)
-    logger.info("done: %s", config.run.dir)
+    logger.info("done: %s (stage=report makes a page about it)", config.run.dir)
 
 
 def run_here(config: RunConfig, stages: list[str], after: Task | None = None) -> None:

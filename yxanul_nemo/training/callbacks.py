@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from yxanul_nemo.log import logger
 from yxanul_nemo.training.agreement import any_rank
 from yxanul_nemo.training.module import MAX_SKIPPED_IN_A_ROW, PhaseModule
+from yxanul_nemo.training.records import record_interval
 from yxanul_nemo.training.signals import StopRequest
 
 
@@ -45,7 +45,7 @@ class BetweenSteps(pl.Callback):
         finished = module.steps_done == module.phase.steps
         saves = finished or stop or module.tokens_total - self._saved_at >= self.every_tokens
         if saves or module.steps_done % self.every_steps == 0:
-            self._record(trainer, module)
+            record_interval(trainer.loggers, module)
         if module.steps_done % min(self.every_steps, MAX_SKIPPED_IN_A_ROW) == 0:
             module.check_skips()
         if saves:
@@ -55,26 +55,3 @@ class BetweenSteps(pl.Callback):
             self._saved_at = module.tokens_total
         trainer.should_stop = stop
         self._batch_end = time.perf_counter()
-
-    def _record(self, trainer: pl.Trainer, module: PhaseModule) -> None:
-        record = module.meter.record() | {
-            "phase": module.phase.number,
-            "seq_len": module.phase.seq_len,
-            "step_in_phase": module.steps_done,
-            "learning_rate": module.last_lr,
-            "grad_clip": module.phase.grad_clip,
-            "time_unix": time.time(),
-        }
-        for sink in trainer.loggers:
-            sink.log_metrics(record, step=module.tokens_total)
-        logger.info("%s", _line(module, record))
-
-
-def _line(module: PhaseModule, record: dict[str, float]) -> str:
-    done, planned = module.steps_done, module.phase.steps
-    skipped = f" {record['skipped_steps']} skipped" if record["skipped_steps"] else ""
-    return (
-        f"phase {module.phase.number} seq {module.phase.seq_len:>4} step {done:>5}/{planned} "
-        f"loss {record['loss_nats_per_token']:.4f} bpb {record['bits_per_byte']:.4f} lr {record['learning_rate']:.2e} "
-        f"norm {record['grad_norm']:.2f} {record['tokens_per_second']:,.0f} tok/s {module.tokens_total:,} tokens{skipped}"
-    )

@@ -6,7 +6,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import parallel_state
@@ -33,7 +32,7 @@ from yxanul_nemo.training.agreement import any_rank, failing_together, from_firs
 from yxanul_nemo.training.backend import Backend, make_backend
 from yxanul_nemo.training.callbacks import BetweenSteps
 from yxanul_nemo.training.identity import expected_run, phase_plan
-from yxanul_nemo.training.metrics import JsonlLogger, StepMeter
+from yxanul_nemo.training.metrics import StepMeter
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.phases import (
     Phase,
@@ -44,6 +43,7 @@ from yxanul_nemo.training.phases import (
     total_tokens,
 )
 from yxanul_nemo.training.signals import StopNow, StopRequest
+from yxanul_nemo.training.sinks import make_sinks
 from yxanul_nemo.validation.record import phase_result_path
 from yxanul_nemo.validation.stage import validate_model
 from yxanul_nemo.validation.table import table
@@ -187,7 +187,7 @@ class PhaseSession:
             # Not the scheduler's environment, which Lightning would check and requeue jobs in.
             plugins=[LightningEnvironment()],
             max_epochs=1,
-            logger=self._loggers(),
+            logger=make_sinks(config, self.ledger.tokens_total) if self.rank == 0 else [],
             callbacks=[BetweenSteps(config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop)],
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -201,16 +201,6 @@ class PhaseSession:
 
     def _torch_device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")
-
-    def _loggers(self) -> list[Any]:
-        if self.rank != 0:
-            return []
-        sinks: list[Any] = [JsonlLogger(self.config.run.dir, self.ledger.tokens_total)]
-        if self.config.logging.tensorboard:
-            # Steps after the checkpoint are trained again; purge_step keeps them from standing there twice.
-            first = self.ledger.tokens_total + 1
-            sinks.append(TensorBoardLogger(self.config.run.dir, name="tensorboard", version="", purge_step=first))
-        return sinks
 
     def _save(self, module: PhaseModule, finished: bool) -> None:
         """Commit a checkpoint: every rank writes its shards, the first one the ledger and the manifest."""

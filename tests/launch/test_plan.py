@@ -18,13 +18,14 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.gpu_table import BY_KEY, GPUS, gpu_named
 from yxanul_nemo.launch.estimates import (
     MEASURED_MODEL,
     forecast_memory_bytes,
     forecast_speed,
     largest_micro_batch_tokens,
 )
-from yxanul_nemo.launch.gpus import BY_KEY, GPUS, choose_gpu, gpu_named
+from yxanul_nemo.launch.gpus import choose_gpu
 from yxanul_nemo.launch.plan import Plan, learning_rates, make_plan
 from yxanul_nemo.launch.plan_stage import print_plan, run_plan_stage
 from yxanul_nemo.training.identity import expected_run, phase_plan

@@ -12,7 +12,7 @@ import numpy as np
 
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
-from yxanul_nemo.launch.gpus import BY_KEY, Gpu
+from yxanul_nemo.gpu_table import BY_KEY, Gpu
 from yxanul_nemo.model.counts import parameter_count, training_flops_per_token
 
 GIB = 1 << 30

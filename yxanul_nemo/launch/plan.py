@@ -9,6 +9,7 @@ from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.gpu_table import Gpu, gpu_named
 from yxanul_nemo.launch.estimates import (
     CHECKPOINT_BYTES_PER_PARAMETER,
     GIB,
@@ -16,7 +17,7 @@ from yxanul_nemo.launch.estimates import (
     forecast_speed,
     largest_micro_batch_tokens,
 )
-from yxanul_nemo.launch.gpus import Gpu, check_gpu_precision, choose_gpu, gpu_named
+from yxanul_nemo.launch.gpus import check_gpu_precision, choose_gpu
 from yxanul_nemo.launch.processes import process_count, threads_per_process
 from yxanul_nemo.launch.progress_made import PhaseDone, phases_done
 from yxanul_nemo.model.counts import parameter_count, training_flops_per_token

@@ -2,43 +2,24 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.launch.display import TaskDisplay
 from yxanul_nemo.launch.interrupts import StopSignals
+from yxanul_nemo.launch.tasks import Task
 
 PR_SET_PDEATHSIG = 1
 CONTROL = b"\0yxanul "
-"""Begins what a worker tells the launcher on its standard output: `begin PID` and `end CODE`."""
+"""Begins what a worker tells the launcher on its standard output: `begin PID`, `end CODE`, and `progress JSON` behind a record's line."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker is to do."""
-
-    kind: str
-    """train, validate or export."""
-    phase: int = 0
-    """Phase of a train task."""
-
-    @property
-    def name(self) -> str:
-        """For messages, file names and the worker's command line; `named` reads it back."""
-        return f"phase-{self.phase:02d}" if self.kind == "train" else self.kind
-
-    @classmethod
-    def named(cls, name: str) -> "Task":
-        """The task of this name."""
-        kind, _, phase = name.partition("-")
-        return cls("train", int(phase)) if kind == "phase" else cls(kind)
 
 
 class Workers:
@@ -88,8 +69,8 @@ class Workers:
                 self.start_ahead()
         try:
             self.log_path(task).parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log_path(task), "ab") as log_file:
-                ends = self._follow(process, log_file)
+            with open(self.log_path(task), "ab") as log_file, TaskDisplay(self._config, task, self._signals) as display:
+                ends = self._follow(process, log_file, display)
         except BaseException:
             _end(process)
             raise
@@ -132,28 +113,26 @@ class Workers:
             preexec_fn=lambda: end_with_parent(launcher),
         )
 
-    def _follow(self, process: subprocess.Popen, log_file: BinaryIO) -> list[int]:
+    def _follow(self, process: subprocess.Popen, log_file: BinaryIO, display: TaskDisplay) -> list[int]:
         """Pass output on to its end, or to the end of the task where the worker stays; what was said of ends."""
         ends = []
         for line in process.stdout:
-            text, control, told = line.partition(CONTROL)
+            text, _, told = line.partition(CONTROL)
+            word, _, what = told.partition(b" ")
             if text:
-                self._pass_on(text, log_file)
-            if control:
-                word, number = told.split()
-                if word == b"begin":
-                    self._signals.task_began(int(number))
-                else:
-                    ends.append(int(number))
-                    if self._forks:
-                        break
+                self._keep(text if text.endswith(b"\n") else text + b"\n", log_file)
+                display.text(text, json.loads(what) if word == b"progress" else None)
+            if word == b"begin":
+                self._signals.task_began(int(what))
+            elif word == b"end":
+                ends.append(int(what))
+                if self._forks:
+                    break
         return ends
 
-    def _pass_on(self, text: bytes, log_file: BinaryIO) -> None:
+    def _keep(self, text: bytes, log_file: BinaryIO) -> None:
         log_file.write(text)
         log_file.flush()
-        sys.stderr.buffer.write(text)
-        sys.stderr.flush()
         self.last_lines.append(text.decode(errors="replace").rstrip())
 
 

@@ -14,10 +14,12 @@ from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.files import write_json_atomic, write_text_atomic
 from yxanul_nemo.launch.environment import write_environment
+from yxanul_nemo.launch.extras import check_trackers
 from yxanul_nemo.launch.interrupts import Interrupted, StopSignals
 from yxanul_nemo.launch.lock import RunLock
 from yxanul_nemo.launch.lone_stages import LONE_STAGES, run_lone_stage
-from yxanul_nemo.launch.processes import Task, Workers
+from yxanul_nemo.launch.processes import Workers
+from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import configure_logging, logger
 from yxanul_nemo.training.identity import expected_run
 from yxanul_nemo.training.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
@@ -144,6 +146,8 @@ class Chain:
     def _check_before_data(self, todo: list[Task]) -> None:
         if any(task.kind != "export" for task in todo):
             check_domain_files(self.config.validation)
+        if any(task.kind == "train" for task in todo):
+            check_trackers(self.config.logging)
         if todo and "train" not in self.stages and self._newest() is None:
             raise UserError(self.store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from yxanul_nemo.training.agreement import any_rank
 from yxanul_nemo.training.module import MAX_SKIPPED_IN_A_ROW, PhaseModule
-from yxanul_nemo.training.records import record_interval
+from yxanul_nemo.training.records import Recorder
 from yxanul_nemo.training.signals import StopRequest
 
 
@@ -21,9 +21,15 @@ class BetweenSteps(pl.Callback):
     """
 
     def __init__(
-        self, every_steps: int, every_tokens: float, save: Callable[[PhaseModule, bool], None], stop: StopRequest
+        self,
+        every_steps: int,
+        every_tokens: float,
+        save: Callable[[PhaseModule, bool], None],
+        stop: StopRequest,
+        recorder: Recorder,
     ):
         self.every_steps, self.every_tokens, self.save, self.stop = every_steps, every_tokens, save, stop
+        self.recorder = recorder
 
     def on_train_start(self, trainer: pl.Trainer, module: PhaseModule) -> None:
         """Start the clock after everything is set up; count tokens from where this process begins."""
@@ -45,7 +51,7 @@ class BetweenSteps(pl.Callback):
         finished = module.steps_done == module.phase.steps
         saves = finished or stop or module.tokens_total - self._saved_at >= self.every_tokens
         if saves or module.steps_done % self.every_steps == 0:
-            record_interval(trainer.loggers, module)
+            self.recorder.record(trainer.loggers, module)
         if module.steps_done % min(self.every_steps, MAX_SKIPPED_IN_A_ROW) == 0:
             module.check_skips()
         if saves:

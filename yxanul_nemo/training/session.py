@@ -42,6 +42,7 @@ from yxanul_nemo.training.phases import (
     source_sizes,
     total_tokens,
 )
+from yxanul_nemo.training.records import Recorder, Show, log_line, peak_flops_per_second
 from yxanul_nemo.training.signals import StopNow, StopRequest
 from yxanul_nemo.training.sinks import make_sinks
 from yxanul_nemo.validation.record import phase_result_path
@@ -57,12 +58,15 @@ def checkpoint_store(config: RunConfig) -> CheckpointStore:
 class PhaseSession:
     """Everything that training one phase needs, built once.
 
+    Args:
+        show: what shows the first rank's records to people.
+
     Raises:
         UserError: no data, too little of it, a machine that cannot run the recipe, or a checkpoint of another run.
     """
 
-    def __init__(self, config: RunConfig, number: int):
-        self.config = config
+    def __init__(self, config: RunConfig, number: int, show: Show = log_line):
+        self.config, self.show = config, show
         self.manifest = load_manifest(config.data_dir)
         self.sizes = source_sizes(config, self.manifest)
         self.phases = plan_phases(config.curriculum)
@@ -164,7 +168,7 @@ class PhaseSession:
             self.ledger,
             config.optim,
             total_tokens(self.phases),
-            StepMeter(self._bytes_per_token(), self._flops_per_token()),
+            StepMeter(self._bytes_per_token(), self._flops_per_token(self.phase)),
             config.precision.bf16_first_tokens,
         )
         batches = PhaseBatches(
@@ -188,7 +192,11 @@ class PhaseSession:
             plugins=[LightningEnvironment()],
             max_epochs=1,
             logger=make_sinks(config, self.ledger.tokens_total) if self.rank == 0 else [],
-            callbacks=[BetweenSteps(config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop)],
+            callbacks=[
+                BetweenSteps(
+                    config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop, self._recorder()
+                )
+            ],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -222,8 +230,13 @@ class PhaseSession:
         ]
         return float(sum(share * ratio for share, ratio in zip(self.shares, ratios, strict=True)))
 
-    def _flops_per_token(self) -> float:
-        return training_flops_per_token(self.config.model, self.manifest.vocab_size, self.phase.seq_len)
+    def _flops_per_token(self, phase: Phase) -> float:
+        return training_flops_per_token(self.config.model, self.manifest.vocab_size, phase.seq_len)
+
+    def _recorder(self) -> Recorder:
+        flops = [self._flops_per_token(phase) for phase in self.phases]
+        peak = peak_flops_per_second(self.config.precision, self.device, self.world_size)
+        return Recorder(self.phases, flops, self.device, peak, self.show if self.rank == 0 else log_line)
 
     def _validate(self) -> None:
         checkpoint = self.checkpoint

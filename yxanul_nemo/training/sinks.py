@@ -23,6 +23,10 @@ def make_sinks(config: RunConfig, resume_tokens: int) -> list[Logger]:
     if config.logging.tensorboard:
         # Steps after the checkpoint are trained again; purge_step keeps them from standing there twice.
         sinks.append(TensorBoardLogger(config.run.dir, name="tensorboard", version="", purge_step=resume_tokens + 1))
+    if config.logging.wandb or config.logging.mlflow:
+        from yxanul_nemo.training import trackers
+
+        sinks += trackers.make_trackers(config)
     return sinks
 
 

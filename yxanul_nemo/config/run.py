@@ -13,6 +13,7 @@ from yxanul_nemo.config.data import DataConfig, TokenizerConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
 from yxanul_nemo.config.plan import PlanConfig
+from yxanul_nemo.config.report import ReportConfig
 from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
 
 
@@ -46,10 +47,13 @@ class RunConfig(Section):
     export: ExportConfig
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
+    report: ReportConfig = ReportConfig()
     stage: str | list[str] = "all"
-    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or plan alone."""
+    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or one stage that only looks."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
+    runs: list[Path] = Field(default_factory=list)
+    """Folders of runs that `stage=report` compares; empty: a report of `run.dir`."""
 
     @property
     def data_dir(self) -> Path:

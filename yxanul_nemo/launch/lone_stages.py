@@ -6,7 +6,7 @@ import warnings
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import configure_logging
 
-LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers")
+LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers", "report")
 
 
 def run_lone_stage(config: RunConfig, name: str) -> bool:
@@ -17,6 +17,11 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         run_plan_stage(config)
         return True
     configure_logging()
+    if name == "report":
+        from yxanul_nemo.report.stage import run_report_stage
+
+        run_report_stage(config)
+        return True
     if name in ("check", "bench"):
         # Libraries warn at import about optional parts that are absent by choice.
         warnings.filterwarnings("ignore")

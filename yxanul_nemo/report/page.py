@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from yxanul_nemo.report.style import Chart
 
@@ -52,7 +53,8 @@ def render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("yxanul_nemo.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    css = resources.files("yxanul_nemo.report").joinpath("templates", "style.css").read_text(encoding="utf-8")
+    # The project's own file, and a style element decodes no entities.
+    css = Markup(resources.files("yxanul_nemo.report").joinpath("templates", "style.css").read_text(encoding="utf-8"))
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     made = time.strftime("%Y-%m-%d %H:%M %Z")
     return environment.get_template(template).render(css=css, command=command, made=made, **values)

@@ -23,10 +23,16 @@ class UserError(ValueError):
         super().__init__(f"{message} {fix}".strip())
 
 
+def close_name(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name closest to `name`, or None if none is close."""
+    close = difflib.get_close_matches(name, sorted(set(valid)), n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that names the valid name closest to `name`, or lists the valid ones if none is close."""
     valid = sorted(set(valid))
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    if close:
-        return f"Did you mean '{close[0]}'?"
+    close = close_name(name, valid)
+    if close is not None:
+        return f"Did you mean '{close}'?"
     return f"Valid: {', '.join(valid)}." if valid else ""

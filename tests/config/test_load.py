@@ -72,12 +72,37 @@ def test_every_file_of_conf_says_what_it_is_for(group: str) -> None:
         ("validation.stride=300", "validation", "stride=300 is over eval_len"),
         ("~optim.lr", "optim.lr", "is not set"),
         ("foo", "command line", "key=value"),
+        ("curriculum.phases.0.seqlen=8", "curriculum.phases.0.seqlen", "Did you mean 'curriculum.phases.0.seq_len'?"),
+        ("+curriculum.phases.0.seqlen=8", "curriculum.phases.0.seqlen", "Did you mean 'curriculum.phases.0.seq_len'?"),
+        ("curriculum.phases.3.seq_len=8", "curriculum.phases.3.seq_len", "curriculum.phases has the entries 0 to 2."),
+        ("validation.domains.prose.pth=x", "validation.domains.prose.pth", "'validation.domains.prose.path'?"),
+        ("validation.domains.pros.path=x", "validation.domains.pros.path", "'validation.domains.prose.path'?"),
+        ("optim.lr.peak=1", "optim.lr.peak", "'optim.lr' is a value of its own"),
+        ("runs.dir=x", "runs.dir", "no such key"),
+        ("optim.zzz=1", "optim.zzz", "Under optim: beta1, beta2"),
+        ("zzz=1", "zzz", "docs/config.md lists all keys"),
     ],
 )
 def test_mistakes_are_named_with_a_way_out(override: str, where: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(compose([override]))
     assert where in str(caught.value)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("data.sources.text.pth=/x", "Did you mean 'data.sources.text.path'?"),
+        ("data.sources.txt.path=/x", "Did you mean 'data.sources.text.path'?"),
+        ("+data.sources.new.pth=/x", "Did you mean 'data.sources.new.path'?"),
+        ("data.sources.new.path=/x", "is added with +key=value"),
+    ],
+)
+def test_mistakes_in_what_a_recipe_has_are_named_by_that_recipe(override: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(compose(["recipe=yxanul_197m_h100", override]))
+    assert str(caught.value).startswith(override.lstrip("+").partition("=")[0])
     assert hint in str(caught.value)
 
 

@@ -4,13 +4,17 @@ import logging
 import warnings
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.log import configure_logging
 
-LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers", "report")
+LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers", "report", "help")
 
 
 def run_lone_stage(config: RunConfig, name: str) -> bool:
     """Run one of `LONE_STAGES`; False if it finds that the recipe, or a case of the benchmark, cannot run on this machine."""
+    if name == "help":
+        print(help_text())
+        return True
     if name == "plan":
         from yxanul_nemo.launch.plan_stage import run_plan_stage
 

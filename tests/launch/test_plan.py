@@ -27,7 +27,7 @@ from yxanul_nemo.launch.estimates import (
 )
 from yxanul_nemo.launch.gpus import choose_gpu
 from yxanul_nemo.launch.plan import Plan, learning_rates, make_plan
-from yxanul_nemo.launch.plan_stage import print_plan, run_plan_stage
+from yxanul_nemo.launch.plan_stage import disk_warnings, print_plan, run_plan_stage
 from yxanul_nemo.training.identity import expected_run, phase_plan
 from yxanul_nemo.training.phases import plan_phases, total_tokens
 from yxanul_nemo.training.schedule import learning_rate
@@ -166,6 +166,13 @@ def test_cost_is_hours_times_gpus_times_price(tmp_path: Path) -> None:
     assert eight.total_cost == pytest.approx(8 * 3 * eight.total_seconds / 3600)
     assert {phase.data_parallel for phase in eight.phases} == {8}
     assert any("8 ranks" in warning for warning in eight.warnings)
+
+
+def test_too_little_disk_is_noted(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "recipe=yxanul_197m_h100")
+    assert disk_warnings(plan, plan.checkpoints_disk_bytes) == []
+    (warning,) = disk_warnings(plan, plan.checkpoints_disk_bytes - 1)
+    assert "run.dir" in warning and str(tmp_path) in warning
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """`stage=plan`: the plan as one table on standard output and as `run.dir/plan.json`, the only file that it writes."""
 
 import os
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -26,12 +27,28 @@ FILE_WIDTH = 150
 def run_plan_stage(config: RunConfig) -> Plan:
     """Make the plan, write it and print it. Raises what `make_plan` does, and UserError if the folder cannot be written."""
     plan = make_plan(config, found_gpus())
+    plan = replace(plan, warnings=plan.warnings + disk_warnings(plan, _free_bytes(config.run.dir)))
     path = config.run.dir / PLAN_NAME
     with disk_errors(config.run.dir, f"writing {PLAN_NAME}"):
         write_json_atomic(path, plan.to_json())
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     print_plan(plan, path, Console(width=FILE_WIDTH if wide else None, highlight=False))
     return plan
+
+
+def disk_warnings(plan: Plan, free_bytes: int) -> list[str]:
+    """What to say where the checkpoints to come do not fit into the free space; those of a finished phase are there already."""
+    done = sum(phase.done is not None and phase.done.saved_tokens == phase.tokens for phase in plan.phases)
+    to_come_bytes = plan.checkpoints_disk_bytes - done * plan.checkpoint_bytes
+    if to_come_bytes <= free_bytes:
+        return []
+    there = f"the disk of {plan.run_dir} has {size(free_bytes)} free"
+    return [f"checkpoints take {size(to_come_bytes)} more, but {there}; free some, or choose another run.dir"]
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def print_plan(plan: Plan, path: Path, console: Console) -> None:

@@ -14,7 +14,7 @@ from yxanul_nemo.report.page import Section, Table, render
 from yxanul_nemo.report.single import NONE, state
 from yxanul_nemo.report.style import COLORS, Chart, count_axis, finish, panels, styled, thinned, token_axis
 
-NOT_COMPARED = ("run", "report", "plan", "runs", "stage", "phases", "logging")
+NOT_COMPARED = ("run", "report", "plan", "bench", "runs", "stage", "phases", "logging")
 """Sections of the configuration that do not decide what is trained."""
 
 

@@ -41,7 +41,7 @@ def test_time_left_goes_by_the_flops_that_are_left() -> None:
     assert shown[0][1]["run_seconds_left"] == pytest.approx(900 / 50 + 2000 / 50)
     speed = 0.7 * 50 + 0.3 * 100
     assert shown[1][1]["phase_seconds_left"] == pytest.approx(800 / speed)
-    assert "left 0:18 of 0:58" in shown[0][0] and "phase 2/3" in shown[0][0] and "step     1/10" in shown[0][0]
+    assert "left 0:18, run 0:58" in shown[0][0] and "phase 2/3" in shown[0][0] and "step     1/10" in shown[0][0]
     assert "skipped" not in shown[0][0] and "1 skipped" in shown[1][0]
 
 

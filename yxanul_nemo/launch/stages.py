@@ -135,12 +135,15 @@ class Chain:
         if todo:
             self._write_records()
             self.workers.start_ahead()
+        shown = False
         for i, task in enumerate(self.tasks):
             if self._is_done(task):
                 logger.info("%s: done already", task.name)
             else:
                 self._run_task(task, more=i + 1 < len(self.tasks))
-            if task.kind == "validate":
+                # The end of a phase has shown it.
+                shown = task.kind == "train"
+            if task.kind == "validate" and not shown:
                 self._show_validation()
 
     def _check_before_data(self, todo: list[Task]) -> None:

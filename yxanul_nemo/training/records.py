@@ -110,7 +110,7 @@ def record_line(module: PhaseModule, record: Mapping[str, Any], phase_count: int
         f"loss {record['loss_nats_per_token']:.4f} bpb {record['bits_per_byte']:.4f} lr {record['learning_rate']:.2e} "
         f"norm {record['grad_norm']:.2f} {record['tokens_per_second']:,.0f} tok/s{mfu} "
         f"{record['peak_memory_bytes'] / GIB:.1f} GiB {module.tokens_total:,} tokens{skipped}, "
-        f"left {clock(record['phase_seconds_left'])} of {clock(record['run_seconds_left'])}"
+        f"left {clock(record['phase_seconds_left'])}, run {clock(record['run_seconds_left'])}"
     )
 
 

@@ -100,7 +100,7 @@ def run_stages(config: RunConfig) -> None:
                         write_json_atomic(config.run.dir / PREEMPTED_NAME, marker)
         except Interrupted:
             raise Stopped("the launcher: what is finished is kept.", signals.received) from None
-    logger.info("done: %s", config.run.dir)
+    logger.info("done: %s (stage=report makes a page about it)", config.run.dir)
 
 
 class Chain:

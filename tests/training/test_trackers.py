@@ -39,6 +39,18 @@ def log_to_trackers(config: RunConfig, records: list[tuple[int, float]], environ
     return warnings
 
 
+def log_result(config: RunConfig, result: dict) -> dict[str, list[tuple[int, float]]]:
+    """Log a validation; the scalars that TensorBoard has of it, by name, as (step, value)."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from yxanul_nemo.training.sinks import log_validation
+
+    log_validation(config, result)
+    events = EventAccumulator(str(config.run.dir / "tensorboard"))
+    events.Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
 def read_mlflow(uri: str, run_id: str) -> tuple[list[tuple[int, float]], dict[str, str]]:
     """The losses by step, and parameters, as MLflow's own client reads them."""
     os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
@@ -86,6 +98,23 @@ def test_wandb_keeps_one_run_offline_without_an_account(tmp_path: Path, make_con
     run_id = (tmp_path / "trackers" / "wandb_run_id").read_text()
     files = sorted((tmp_path / "trackers" / "wandb").glob(f"offline-run-*-{run_id}/*.wandb"))
     assert [record for file in files for record in read_wandb(file)] == RECORDS
+
+
+def test_a_validation_is_logged_at_its_tokens(tmp_path: Path, make_config: Callable[..., RunConfig]) -> None:
+    result = {
+        "tokens_total": 4096,
+        "mean_bits_per_byte": 3.0,
+        "domains": {"prose": {"bits_per_byte": 2.0}, "code": {"bits_per_byte": 4.0}},
+        "surprise_ratio_bits_per_byte": {"prose": 0.5, "code": 1.5},
+    }
+    config = make_config(f"run.dir={tmp_path}", "logging.tensorboard=true")
+    assert run_ranks(log_result, 1, config, result)[0] == {
+        "validation/mean_bits_per_byte": [(4096, 3.0)],
+        "validation/prose_bits_per_byte": [(4096, 2.0)],
+        "validation/prose_surprise_ratio": [(4096, 0.5)],
+        "validation/code_bits_per_byte": [(4096, 4.0)],
+        "validation/code_surprise_ratio": [(4096, 1.5)],
+    }
 
 
 def test_a_tracker_that_cannot_be_reached_is_said_once_and_left_out(

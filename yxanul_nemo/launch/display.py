@@ -84,6 +84,8 @@ class TaskDisplay:
 
     def _render(self) -> Group:
         lines = [Text("starting", style="dim") if self._record is None else figures(self._record)]
+        if self._bars.tasks[0].finished:
+            lines.append(Text("saving, then validating on held-out text", style="dim"))
         if self._signals.received is not None:
             lines.append(Text(ASKED_TO_STOP.decode().strip(), style="yellow"))
         return Group(self._bars, *lines)

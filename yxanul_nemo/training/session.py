@@ -44,7 +44,7 @@ from yxanul_nemo.training.phases import (
 )
 from yxanul_nemo.training.records import Recorder, Show, log_line, peak_flops_per_second
 from yxanul_nemo.training.signals import StopNow, StopRequest
-from yxanul_nemo.training.sinks import make_sinks
+from yxanul_nemo.training.sinks import log_validation, make_sinks
 from yxanul_nemo.validation.record import phase_result_path
 from yxanul_nemo.validation.stage import validate_model
 from yxanul_nemo.validation.table import table
@@ -244,6 +244,7 @@ class PhaseSession:
         result = validate_model(self.config, self.manifest, self.backend.model, checkpoint, self.device)
         if self.rank == 0:
             self.store.mark_best(checkpoint, "mean_bits_per_byte", result["mean_bits_per_byte"])
+            log_validation(self.config, result)
             # Last, because the phase counts as done by it.
             write_json_atomic(phase_result_path(self.config.run.dir, self.phase.number), result)
             logger.info("validation after phase %d:\n%s", self.phase.number, table(result))

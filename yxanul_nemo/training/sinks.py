@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,31 @@ METRICS_NAME = "metrics.jsonl"
 
 def make_sinks(config: RunConfig, resume_tokens: int) -> list[Logger]:
     """The configured loggers of a run that goes on after `resume_tokens`; for the first rank alone."""
-    sinks: list[Logger] = [JsonlLogger(config.run.dir, resume_tokens)]
-    if config.logging.tensorboard:
-        # Steps after the checkpoint are trained again; purge_step keeps them from standing there twice.
-        sinks.append(TensorBoardLogger(config.run.dir, name="tensorboard", version="", purge_step=resume_tokens + 1))
-    if config.logging.wandb or config.logging.mlflow:
-        from yxanul_nemo.training import trackers
+    # Steps after the checkpoint are trained again; purge_step keeps them from standing there twice.
+    return [JsonlLogger(config.run.dir, resume_tokens), *_others(config, purge_step=resume_tokens + 1)]
 
-        sinks += trackers.make_trackers(config)
+
+def log_validation(config: RunConfig, result: Mapping[str, Any]) -> None:
+    """Send a validation result to the configured loggers; it has a file of its own beside `metrics.jsonl`."""
+    values = {"validation/mean_bits_per_byte": result["mean_bits_per_byte"]}
+    for name, score in result["domains"].items():
+        values[f"validation/{name}_bits_per_byte"] = score["bits_per_byte"]
+        values[f"validation/{name}_surprise_ratio"] = result["surprise_ratio_bits_per_byte"][name]
+    with disk_errors(config.run.dir, "logging a validation"):
+        for sink in _others(config):
+            sink.log_metrics(values, step=result["tokens_total"])
+            sink.finalize("success")
+
+
+def _others(config: RunConfig, purge_step: int | None = None) -> list[Logger]:
+    sinks: list[Logger] = []
+    if config.logging.tensorboard:
+        sinks.append(TensorBoardLogger(config.run.dir, name="tensorboard", version="", purge_step=purge_step))
+    if config.logging.wandb or config.logging.mlflow:
+        # Their packages are optional.
+        from yxanul_nemo.training.trackers import make_trackers
+
+        sinks += make_trackers(config)
     return sinks
 
 

@@ -96,12 +96,14 @@ def _wandb(config: RunConfig) -> Logger:
 
     folder = config.run.dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    known = folder / "wandb_run_id"
+    is_new = not known.exists()
     mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_account() else "offline")
     # Opened here, because Lightning 2.4 gives wandb.init an argument that is gone.
     run = wandb.init(
         project=config.logging.wandb_project,
         name=config.run.name,
-        id=_identity(folder / "wandb_run_id", lambda: uuid.uuid4().hex[:12]),
+        id=_identity(known, lambda: uuid.uuid4().hex[:12]),
         resume="allow",
         dir=folder,
         mode=mode,
@@ -110,7 +112,7 @@ def _wandb(config: RunConfig) -> Logger:
     )
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-    if mode == "offline":
+    if mode == "offline" and is_new:
         log.info("Weights & Biases: no account, kept in %s; `wandb sync` sends it later", folder / "wandb")
     return WandbLogger(experiment=run, save_dir=folder)
 

@@ -45,9 +45,9 @@ def test_on_a_terminal_a_phase_has_bars_and_its_newest_record(make_config: Calla
 
 
 def test_what_is_known_besides_is_shown_and_what_is_not_a_number_is_not(make_config: Callable[..., RunConfig]) -> None:
-    record = RECORD | {"mfu": 0.4131, "loss_nats_per_token": None, "skipped_steps": 3}
+    record = RECORD | {"mfu": 0.4131, "device_memory_bytes": 80 << 30, "loss_nats_per_token": None, "skipped_steps": 3}
     text = shown(make_config(), (b"line", record), terminal=True)
-    assert "41.3%" in text and "3 steps skipped" in text and "None" not in text
+    assert "41.3%" in text and "3.0/80.0 GiB" in text and "3 steps skipped" in text and "None" not in text
 
 
 @pytest.mark.parametrize(("terminal", "task"), [(False, Task("train", 2)), (True, Task("export"))])

@@ -121,7 +121,8 @@ def figures(record: Mapping[str, Any]) -> Text:
     ]
     if record.get("mfu") is not None:
         parts.append(("MFU ", f"{record['mfu']:.1%}"))
-    parts.append(("memory ", f"{record['peak_memory_bytes'] / GIB:.1f} GiB"))
+    of = f"/{record['device_memory_bytes'] / GIB:.1f}" if "device_memory_bytes" in record else ""
+    parts.append(("memory ", f"{record['peak_memory_bytes'] / GIB:.1f}{of} GiB"))
     line = Text()
     for i, (label, value) in enumerate(parts):
         line.append("  " if i else "").append(label, style="dim").append(value)

@@ -34,7 +34,7 @@ Train a small GPT through a curriculum of rising sequence lengths: from text to 
 
 Try in this order: stage=plan, stage=check, stage=all, stage=report.
 
-STAGES  all (the default) is these four; each also alone, several as stage=[train,export]
+STAGES  all (the default) is these four; each also alone, several as 'stage=[train,export]' (quoted: shells read [])
 {_entries(PIPELINE)}
 These look and change nothing in a run; one at a time:
 {_entries(LOOKING)}

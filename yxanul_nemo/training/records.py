@@ -72,6 +72,8 @@ class Recorder:
         for sink in sinks:
             sink.log_metrics(record, step=module.tokens_total)
         progress = record | {"tokens_total": module.tokens_total} | self._seconds_left(module, record)
+        if self.device == "cuda":
+            progress["device_memory_bytes"] = torch.cuda.get_device_properties().total_memory
         self.show(record_line(module, progress, len(self.phases)), progress)
 
     def _seconds_left(self, module: PhaseModule, record: Mapping[str, float]) -> dict[str, float]:

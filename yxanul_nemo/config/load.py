@@ -109,6 +109,8 @@ def _override_error(error: Exception) -> UserError:
     found = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text)
     if found:
         key = found.group(1)
+        if key in keys_of(RunConfig):
+            return UserError(key, "takes new entries only with a plus sign", f"+{key}=..., or +{key}.NAME=...")
         groups = [path.name for path in CONF_DIR.iterdir() if path.is_dir()]
         return UserError(key, "no such key", fix=nearest(key, [*keys_of(RunConfig), *groups]))
     found = re.search(r"Could not find '([^']+)/([^'/]+)'", text)

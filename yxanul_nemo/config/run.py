@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
 from yxanul_nemo.config.bench import BenchConfig
+from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
 from yxanul_nemo.config.model import ModelConfig
@@ -46,8 +47,9 @@ class RunConfig(Section):
     export: ExportConfig
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
+    cluster: ClusterConfig = ClusterConfig()
     stage: str | list[str] = "all"
-    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or plan alone."""
+    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or a stage that looks, alone."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
 

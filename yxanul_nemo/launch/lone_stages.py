@@ -1,4 +1,4 @@
-"""Stages that only look: they run alone, take no lock and leave what was trained as it is."""
+"""Stages that run alone: most only look; they take no lock and leave what was trained as it is."""
 
 import logging
 import warnings
@@ -6,7 +6,7 @@ import warnings
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import configure_logging
 
-LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers")
+LONE_STAGES = ("plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers")
 
 
 def run_lone_stage(config: RunConfig, name: str) -> bool:
@@ -17,6 +17,16 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         run_plan_stage(config)
         return True
     configure_logging()
+    if name == "status":
+        from yxanul_nemo.launch.status import show_status
+
+        show_status(config)
+        return True
+    if name == "cancel":
+        from yxanul_nemo.launch.cancel import cancel_run
+
+        cancel_run(config)
+        return True
     if name in ("check", "bench"):
         # Libraries warn at import about optional parts that are absent by choice.
         warnings.filterwarnings("ignore")

@@ -39,7 +39,7 @@ class RunState:
         return [task for task in self.tasks if not self.is_done(task)]
 
     def is_done(self, task: Task) -> bool:
-        """Whether nothing of a task is left to do."""
+        """Whether nothing of a task is left to do. What follows training is not done while a chosen phase is not."""
         if task.kind == "data":
             return self.has_data
         newest = self.newest()
@@ -47,6 +47,8 @@ class RunState:
             return False
         if task.kind == "train":
             return self._is_trained(task.phase, newest)
+        if not all(self._is_trained(other.phase, newest) for other in self.tasks if other.kind == "train"):
+            return False
         if task.kind == "validate":
             return find_result(self.config, newest) is not None
         return is_exported(self.config, newest)

@@ -164,7 +164,7 @@ def test_cost_is_hours_times_gpus_times_price(tmp_path: Path) -> None:
     assert one.total_cost == pytest.approx(3 * one.total_seconds / 3600)
     assert eight.total_cost == pytest.approx(8 * 3 * eight.total_seconds / 3600)
     assert {phase.data_parallel for phase in eight.phases} == {8}
-    assert any("8 ranks" in warning for warning in eight.warnings)
+    assert any("8 GPUs" in warning for warning in eight.warnings)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.launch.estimates import GIB
 from yxanul_nemo.launch.gpus import found_gpus
-from yxanul_nemo.launch.plan import COMFORTABLE_SHARE, Plan, make_plan
+from yxanul_nemo.launch.plan import Plan, make_plan
+from yxanul_nemo.launch.plan_warnings import COMFORTABLE_SHARE
+from yxanul_nemo.launch.scaling_table import print_scaling
 
 PLAN_NAME = "plan.json"
 MAX_WIDTH = 1000
@@ -44,6 +46,7 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
         console.print(table)
     for line in summary_lines(plan):
         console.print(line, soft_wrap=True)
+    print_scaling(plan.scaling, console)
     for warning in plan.warnings:
         console.print(f"[yellow]note:[/yellow] {warning}", soft_wrap=True)
     console.print(f"written: {path}", soft_wrap=True, markup=False)

@@ -1,5 +1,6 @@
 """Composing, checking and the words of errors."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,13 +35,20 @@ def test_every_option_of_a_group_composes(group: str) -> None:
         parse(compose(overrides))
 
 
+def dotted(mapping: dict, prefix: str) -> Iterator[str]:
+    for key, value in mapping.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+
+
 def test_every_key_of_the_schema_stands_in_conf() -> None:
     """Hydra refuses overrides of keys that are absent from conf/, so each key must stand in some file of its group."""
     top = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
     shown = {*top, *(f"run.{key}" for key in top["run"])}
     for group in GROUPS:
         for path in (CONF_DIR / group).glob("*.yaml"):
-            shown |= {group, *(f"{group}.{key}" for key in yaml.safe_load(path.read_text(encoding="utf-8")))}
+            shown |= {group, *dotted(yaml.safe_load(path.read_text(encoding="utf-8")), f"{group}.")}
     nested_in_lists_or_maps = ("curriculum.phases.", "data.sources.", "validation.domains.")
     missing = [key for key in keys_of(RunConfig) if key not in shown and not key.startswith(nested_in_lists_or_maps)]
     assert missing == []

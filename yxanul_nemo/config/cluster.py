@@ -37,6 +37,9 @@ def _option(value: object) -> object:
 
 
 def _line(value: object) -> object:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        # mem=0, account=1234, NCCL_IB_TIMEOUT: 22
+        return str(value)
     if isinstance(value, str) and ("\n" in value or not value.strip()):
         raise ValueError(f"got {value!r}; expected a text on one line")
     return value
@@ -97,7 +100,7 @@ class ClusterConfig(Section):
     """Memory of each node, as in 200G; `0` is all of it; null: the cluster's default."""
     modules: list[Line] = Field(default_factory=list)
     """Loaded with `module load` at the start of each job."""
-    environment: dict[str, str] = Field(default_factory=dict)
+    environment: dict[str, Line] = Field(default_factory=dict)
     """Variables set in each job."""
     setup: list[Line] = Field(default_factory=list)
     """Lines of shell that each job's script runs first."""

@@ -110,7 +110,7 @@ def _override_error(error: Exception) -> UserError:
     if found:
         key = found.group(1)
         if key in keys_of(RunConfig):
-            return UserError(key, "takes new entries only with a plus sign", f"+{key}=..., or +{key}.NAME=...")
+            return _unreachable_key(key, getattr(error.__cause__, "full_key", key))
         groups = [path.name for path in CONF_DIR.iterdir() if path.is_dir()]
         return UserError(key, "no such key", fix=nearest(key, [*keys_of(RunConfig), *groups]))
     found = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
@@ -121,6 +121,22 @@ def _override_error(error: Exception) -> UserError:
     return UserError(
         "command line", _first_line(error), "key=value, as in `python launcher.py recipe=demo stage=train`"
     )
+
+
+def _unreachable_key(key: str, missing: str) -> UserError:
+    """A key of the schema that the chosen files of conf/ lack: `missing` is what Hydra looked for, the key itself or an entry in it."""
+    if missing != key:
+        return UserError(
+            key, f"has no entry '{missing.removeprefix(key + '.')}' to change", f"+{key}=... for a new one"
+        )
+    group, _, rest = key.partition(".")
+    first = rest.partition(".")[0]
+    options = [
+        f"{group}={path.stem}"
+        for path in sorted((CONF_DIR / group).glob("*.yaml"))
+        if first in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
+    return UserError(key, f"is no key of the chosen {group}", " or ".join(options))
 
 
 def _first_line(error: Exception) -> str:

@@ -142,11 +142,18 @@ def running_launcher(run_dir: Path) -> "Owner | None":
     except OSError:
         return None
     try:
-        owner = Owner.read(fd)
+        owner, held = Owner.read(fd), _is_held(os.fstat(fd))
     finally:
         os.close(fd)
     here = owner is not None and owner.host == socket.gethostname()
-    return owner if here and not owner.is_gone() else None
+    return owner if held and here and not owner.is_gone() else None
+
+
+def _is_held(file: os.stat_result) -> bool:
+    """Whether a process of this machine holds a lock on a file, by proc_locks(5); devices are left out, which file systems number
+    in two ways."""
+    locks = (line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines())
+    return any(field.endswith(f":{file.st_ino}") for fields in locks for field in fields)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Stages that run alone: most only look; they take no lock and leave what was trained as it is."""
+"""Stages that run alone: most only look; none takes a lock, and all leave what was trained as it is."""
 
 import logging
 import warnings

@@ -142,7 +142,9 @@ def _state(
 
 def _live(slurm: JobState) -> str:
     if slurm.state == "PENDING":
-        return "waiting" if slurm.reason == "Dependency" else f"queued ({slurm.reason})"
+        if slurm.reason == "Dependency":
+            return "waiting"
+        return "queued" if slurm.reason == "None" else f"queued ({slurm.reason})"
     return WORDS.get(slurm.state, slurm.state.lower())
 
 

@@ -108,7 +108,11 @@ class SlurmCluster:
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node)
         self._wait(
-            lambda: _output("sinfo", "--noheader", "--Node", "--format=%T").split() == ["idle"] * len(NODES), "Slurm"
+            lambda: (
+                _output("sinfo", "--noheader", "--Node", "--partition=debug", "--format=%T").split()
+                == ["idle"] * len(NODES)
+            ),
+            "Slurm",
         )
 
     def _daemon(self, *command: str) -> None:

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     reason=f"needs Slurm (apt-get install slurm-wlm munge): no {', '.join(missing_programs())}",
 )
 ON_CPUS = ("cluster=slurm", "cluster.gpus_per_node=0", "parallel.device=cpu")
-PATIENCE_SECONDS = 400
+PATIENCE_SECONDS = 900
 STEPS = {1: 8, 2: 6, 3: 8}
 TASKS = ("data", "phase-01", "phase-02", "phase-03", "validate", "export")
 PHASE_2_MIDDLE = 6144

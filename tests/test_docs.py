@@ -78,6 +78,12 @@ def check(command: str) -> None:
             check_module(module, arguments)
         case ["uv", "run", "pytest", *arguments]:
             assert not arguments or arguments == ["-m", "gpu"]
+        case ["docker", "build", "-f", dockerfile, *_]:
+            assert (REPO_DIR / dockerfile).is_file()
+        case ["docker", "run", *_] if "launcher.py" in words:
+            check_launcher(words[words.index("launcher.py") + 1 :])
+        case ["enroot", "import", "-o", image, source]:
+            assert image.endswith(".sqsh") and source.startswith("dockerd://")
         case ["uv", "run", program, *_]:
             assert importlib.metadata.entry_points(group="console_scripts", name=program) or program == "ruff"
         case _:

@@ -25,8 +25,11 @@ class UserError(ValueError):
 
 def close_name(name: str, valid: Iterable[str]) -> str | None:
     """The valid name closest to `name`, or None if none is close."""
-    close = difflib.get_close_matches(name, sorted(set(valid)), n=1, cutoff=0.6)
-    return close[0] if close else None
+    names = sorted(set(valid))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    # `lrate` for `lr`: too far by the share of equal letters.
+    begun = [other for other in names if name and other and (name.startswith(other) or other.startswith(name))]
+    return next(iter([*close, *sorted(begun, key=len, reverse=True)]), None)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from yxanul_nemo.launch.slurm.record import CONFIG_NAME, FOLDER, ChainRecord, Jo
 from yxanul_nemo.launch.slurm.script import log_path, render, script_path
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.model.memory import with_micro_batch
 from yxanul_nemo.training.phases import batch_layout, plan_phases
 
 FILE_WIDTH = 150
@@ -72,8 +73,10 @@ def check_cluster(config: RunConfig) -> None:
             f"parallel.context_parallel={parallel.context_parallel}",
             f"a number of processes that {model_ranks} divides",
         )
+    # Where the ranks' memory decides the micro-batch, any one tells whether a step can be shared.
+    most_tokens = with_micro_batch(config, vocab_size=1, memory_bytes=None).parallel.micro_batch_tokens
     for phase in phases:
-        batch_layout(phase, ranks // model_ranks, parallel.micro_batch_tokens, config.precision.token_multiple)
+        batch_layout(phase, ranks // model_ranks, most_tokens, config.precision.token_multiple)
     image = cluster.container.image
     if image is not None and image.startswith(("/", "./", "../")) and not Path(image).is_file():
         raise UserError("cluster.container.image", f"{image} does not exist", "a .sqsh file, or an image of a registry")

@@ -113,6 +113,18 @@ def missing_links(state: RunState) -> list[tuple[Task, Task | None]]:
     tasks = [data, *state.tasks] if "data" in state.stages else state.tasks
     missing = [data, *todo] if "data" in state.stages and not state.has_data else todo
     before = dict(zip(tasks[1:], tasks, strict=False))
+    first = next((task for task in missing if task.kind == "train"), None)
+    if first is not None and first.phase > 1:
+        # Of a part of the curriculum (phases=3-5); otherwise it is the phase before in this chain.
+        earlier = Task("train", first.phase - 1)
+        if before.get(first) != earlier and not state.is_done(earlier):
+            raise UserError(
+                f"phases={state.config.phases}",
+                f"{earlier.name} is not done",
+                f"the phases before {first.phase} to be trained",
+                f"Submit without phases=, or with phases=1-{len(state.config.curriculum.phases)}.",
+            )
+        before[first] = earlier
     return [(task, before.get(task)) for task in missing]
 
 
@@ -161,5 +173,5 @@ def submit_held(config: RunConfig, links: list[tuple[Task, Task | None]]) -> int
         jobs.append(Job(task.name, number, after))
         ChainRecord(command, submitted, jobs).write(config.run.dir)
         waits = "" if after is None else f" after {after}"
-        logger.info("job %d: %s%s, log %s", number, task.name, waits, log_path(config, task, number))
+        logger.info("job %d: %s%s, log %s", number, task.name, waits, log_path(config.run.dir, task, number))
     return jobs[0].job_id

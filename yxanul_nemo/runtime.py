@@ -116,3 +116,9 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
         use_cudagraphable_rng=not on_cpu,
         force_reset_rng=True,
     )
+
+
+def leave_process_groups() -> None:
+    """Part from the other ranks in good order, where they were joined. The process builds no model after that."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

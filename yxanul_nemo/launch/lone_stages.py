@@ -43,13 +43,15 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         warnings.filterwarnings("ignore")
         logging.getLogger("megatron").setLevel(logging.ERROR)
         logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        from yxanul_nemo.runtime import leave_process_groups
+
         if name == "bench":
-            from yxanul_nemo.bench.stage import run_bench_stage
-
-            return run_bench_stage(config)
-        from yxanul_nemo.launch.check import check_machine
-
-        return check_machine(config)
+            from yxanul_nemo.bench.stage import run_bench_stage as run
+        else:
+            from yxanul_nemo.launch.check import check_machine as run
+        done = run(config)
+        leave_process_groups()
+        return done
     if name == "inspect_data":
         from data_prep.inspect_data import inspect
 

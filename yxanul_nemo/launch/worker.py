@@ -93,6 +93,10 @@ def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
     """Do a task, with its begin and end told; returns the exit code."""
     try:
         run(load_run_config(run_dir / "config.yaml"), task)
+        # NCCL complains of processes that end without; after a failure it would wait for the other ranks.
+        from yxanul_nemo.runtime import leave_process_groups
+
+        leave_process_groups()
         code = 0
     except UserError as error:
         print(f"error{f' (rank {RANK})' if RANK else ''}: {error}", file=sys.stderr)

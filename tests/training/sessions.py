@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType
@@ -110,8 +111,8 @@ def train_and_die(config: RunConfig, phases: Sequence[int], work: str, tokens: i
     train(config, phases)
 
 
-WORK = ("step", "save", "validation")
-"""Kinds of work that kills are aimed at."""
+WORK = ("step", "snapshot", "save", "validation")
+"""Kinds of work that kills are aimed at; a save runs in a thread beside the others."""
 
 
 def _on_each_line(act: Callable[[str, int, str], None]) -> None:
@@ -120,26 +121,27 @@ def _on_each_line(act: Callable[[str, int, str], None]) -> None:
     Its tokens are those of the run that it leads to.
     """
     from yxanul_nemo.training.module import PhaseModule
+    from yxanul_nemo.training.saving import CheckpointSaver
     from yxanul_nemo.training.session import PhaseSession
 
-    at: tuple[str, int] | None = None
+    now = threading.local()
 
     def watch(work: str, owner: type, name: str, tokens_of: Callable[..., int]) -> None:
         method = getattr(owner, name)
 
-        def watched(self: object, *arguments: object) -> object:
-            nonlocal at
-            at = work, tokens_of(self, *arguments)
+        def watched(self: object, *arguments: object, **named: object) -> object:
+            now.at = work, tokens_of(self, *arguments, **named)
             try:
-                return method(self, *arguments)
+                return method(self, *arguments, **named)
             finally:
-                at = None
+                now.at = None
 
         setattr(owner, name, watched)
 
     watch("step", PhaseModule, "training_step", lambda module, *_: module.tokens_total + module.phase.tokens_per_step)
-    watch("save", PhaseSession, "_save", lambda session, module, finished: module.tokens_total)
-    watch("validation", PhaseSession, "_validate", lambda session: session.checkpoint.tokens)
+    watch("snapshot", CheckpointSaver, "start", lambda saver, ledger, **_: ledger.tokens_total)
+    watch("save", CheckpointSaver, "_run", lambda saver, save: save.ledger.tokens_total)
+    watch("validation", PhaseSession, "_validate", lambda session, _: session.phase.first_token + session.phase.tokens)
     monitoring, tool = sys.monitoring, sys.monitoring.DEBUGGER_ID
 
     def on_start(code: CodeType, offset: int) -> object:
@@ -148,7 +150,7 @@ def _on_each_line(act: Callable[[str, int, str], None]) -> None:
         return monitoring.DISABLE
 
     def on_line(code: CodeType, line: int) -> None:
-        if at is not None:
+        if (at := getattr(now, "at", None)) is not None:
             act(*at, f"{code.co_filename}:{line} {code.co_name}")
 
     monitoring.use_tool_id(tool, "faults")
@@ -193,16 +195,41 @@ def train_with_bad_gradients(config: RunConfig, phases: Sequence[int], bad_steps
     return refusals([config], phases)[0]
 
 
+def train_ahead_of_a_save(config: RunConfig, phases: Sequence[int], tokens: int, steps: int) -> int:
+    """`train`, with the save at `tokens` not written before that many more steps are done; how many really were."""
+    from yxanul_nemo.checkpoint.snapshot import HostSnapshot
+    from yxanul_nemo.training.module import PhaseModule
+
+    ahead, done = threading.Event(), 0
+    write, step = HostSnapshot.write, PhaseModule.training_step
+
+    def write_later(snapshot: HostSnapshot, folder: Path, rank: int) -> None:
+        if f"tokens_{tokens:015d}" in folder.name:
+            assert ahead.wait(60), "training waits for the save"
+        write(snapshot, folder, rank)
+
+    def step_and_count(module: PhaseModule, batch: tuple, batch_index: int) -> None:
+        nonlocal done
+        step(module, batch, batch_index)
+        done += module.tokens_total > tokens and not ahead.is_set()
+        if done == steps:
+            ahead.set()
+
+    HostSnapshot.write, PhaseModule.training_step = write_later, step_and_count
+    train(config, phases)
+    return done
+
+
 def train_on_a_full_disk(config: RunConfig, phases: Sequence[int], tokens: int, rank: int) -> str:
     """`train`, with no room for what one rank writes at `tokens`; the user's error."""
-    from yxanul_nemo.training import session
+    from yxanul_nemo.checkpoint.snapshot import HostSnapshot
 
-    save = session.save_shards
+    write = HostSnapshot.write
 
-    def save_without_room(state: object, folder: Path, number: int) -> None:
+    def write_without_room(snapshot: HostSnapshot, folder: Path, number: int) -> None:
         if number == rank and f"tokens_{tokens:015d}" in folder.name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.RLIM_INFINITY))
-        save(state, folder, number)
+        write(snapshot, folder, number)
 
-    session.save_shards = save_without_room
+    HostSnapshot.write = write_without_room
     return refusals([config], phases)[0]

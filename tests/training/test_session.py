@@ -104,7 +104,9 @@ def assert_records_cover_each_step(config: RunConfig) -> None:
     assert np.diff([0, *totals]).tolist() == [r["steps"] * tokens_per_step[r["phase"]] for r in seen]
 
 
-@pytest.mark.parametrize(("work", "kills", "seed"), [("save", 5, 1), ("step", 5, 2), ("validation", 3, 3)])
+@pytest.mark.parametrize(
+    ("work", "kills", "seed"), [("save", 5, 1), ("step", 3, 2), ("validation", 3, 3), ("snapshot", 3, 4)]
+)
 def test_kills_at_random_lines_change_nothing(
     make_run: MakeRun, counted: tuple[RunConfig, dict], tmp_path: Path, work: str, kills: int, seed: int
 ) -> None:
@@ -119,6 +121,28 @@ def test_kills_at_random_lines_change_nothing(
         assert note.is_file(), "it ended for another reason"
     run_ranks(sessions.train, 1, config, PHASES)
     assert_equal_runs(config, straight)
+
+
+def test_training_goes_on_while_a_save_is_written_and_does_not_change_it(
+    make_run: MakeRun, straight: RunConfig
+) -> None:
+    """The save at 2048 tokens is written when three more steps are done; a save that training waits for is the same."""
+    ahead, blocking = (
+        make_run("checkpoint.keep_latest=9"),
+        make_run("checkpoint.keep_latest=9", "checkpoint.asynchronous=false"),
+    )
+    assert run_ranks(sessions.train_ahead_of_a_save, 1, ahead, PHASES, 2048, 3) == [3]
+    run_ranks(sessions.train, 1, blocking, PHASES)
+    for config in (ahead, blocking):
+        assert_equal_runs(config, straight)
+    saved = [CheckpointStore(config.run.dir / "checkpoints").list() for config in (ahead, blocking)]
+    assert [c.tokens for c in saved[0]] == [c.tokens for c in saved[1]] and saved[0][0].tokens == 2048
+    for one, other in zip(*saved, strict=True):
+        assert one.manifest.files[WEIGHTS] == other.manifest.files[WEIGHTS], one.tokens
+        assert one.manifest.files["ledger.json"] == other.manifest.files["ledger.json"], one.tokens
+    # The last save of a phase ends after its last record.
+    assert any(record["save_seconds"] > 0 for record in records(ahead))
+    assert any(record["save_wait_seconds"] > 0 for record in records(ahead))
 
 
 def test_stops_by_signals_are_saved_and_change_nothing(make_run: MakeRun, straight: RunConfig) -> None:
@@ -314,13 +338,14 @@ def test_a_full_disk_is_told_by_all_ranks_and_leaves_nothing_half_written(
     make_run: MakeRun, straight: RunConfig, ranks: int, rank: int
 ) -> None:
     """No file may grow over 8 bytes in the second save; afterwards there is room again."""
-    config = make_run()
+    # Without records in between, which could not be written either.
+    config = make_run("logging.every_steps=100", f"parallel.tensor_parallel={ranks}")
     errors = run_ranks(sessions.train_on_a_full_disk, ranks, config, PHASES, 4096, rank)
     for error in errors:
         assert_matches(error, "checkpoints: saving a checkpoint failed.*File too large")
     assert newest(config).tokens == 2048
     assert not list((config.run.dir / "checkpoints").glob(".tmp*"))
-    run_ranks(sessions.train, 1, config, PHASES)
+    run_ranks(sessions.train, ranks, config, PHASES)
     assert newest(config).tokens == TOTAL
     if ranks == 1:
         assert_equal_runs(config, straight)

@@ -6,20 +6,23 @@ change between save and load. Nothing is pickled (Megatron's torch_dist format k
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
+from yxanul_nemo.checkpoint.snapshot import HEADER_KEY, HostSnapshot
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.log import logger
 from yxanul_nemo.model.sharding import block_shape, sharded_tensors
 
-HEADER_KEY = "pieces"
+DISPENSABLE = ("fp8.", "guard.", "rng.")
+"""Beginnings of the names of state that a run can begin anew where its checkpoint has none, because it is new to the run: scales
+of FP8 after another precision, the history of a guard that was off, random states of another layout."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +37,10 @@ class Piece:
 
 
 def save_shards(state: Any, folder: Path, rank: int) -> None:
-    """Write the pieces that this rank owns (its main replicas) to `folder/rank_<rank>.safetensors`."""
-    tensors: dict[str, Tensor] = {}
-    header: dict[str, dict[str, list[int]]] = {}
-    for shard in sharded_tensors(state):
-        if not is_main_replica(shard.replica_id):
-            continue
-        name = f"{shard.key}@{','.join(map(str, shard.global_offset))}"
-        assert name not in tensors, f"two pieces are called {name}"
-        tensors[name] = (
-            shard.data.detach().reshape(block_shape(shard)).cpu().clone(memory_format=torch.contiguous_format)
-        )
-        header[name] = {"offset": list(shard.global_offset), "global_shape": list(shard.global_shape)}
-    save_file(tensors, folder / f"rank_{rank:05d}.safetensors", metadata={HEADER_KEY: json.dumps(header)})
+    """Write the pieces that this rank owns; see `HostSnapshot`."""
+    snapshot = HostSnapshot(state)
+    snapshot.take(state)
+    snapshot.write(folder, rank)
 
 
 class ShardReader:
@@ -80,13 +74,17 @@ class ShardReader:
 
     @torch.no_grad()
     def load_into(self, state: Any) -> None:
-        """Fill every `ShardedTensor` of `state` in place.
+        """Fill every `ShardedTensor` of `state` in place; those that are `DISPENSABLE` and not here stay as they are.
 
         Raises:
             UserError: a tensor is missing, has another global shape or is not covered; it is named.
         """
+        absent = []
         for shard in sharded_tensors(state):
             pieces = self.pieces.get(shard.key)
+            if pieces is None and shard.key.startswith(DISPENSABLE):
+                absent.append(shard.key)
+                continue
             if pieces is None:
                 raise UserError(self.folder, f"lacks the tensor '{shard.key}'", "a checkpoint of this model")
             if pieces[0].global_shape != tuple(shard.global_shape):
@@ -96,6 +94,8 @@ class ShardReader:
                     f"{list(shard.global_shape)}, as the configured model has it",
                 )
             self._fill(shard, pieces)
+        if absent:
+            logger.info("%s lacks %s (%d such tensors), which begin anew", self.folder.name, absent[0], len(absent))
 
     def _fill(self, shard: ShardedTensor, pieces: list[Piece]) -> None:
         target = shard.data.detach().view(block_shape(shard))
@@ -111,7 +111,14 @@ class ShardReader:
                 theirs.append(slice(begin - have_from, end - have_from))
                 count *= max(0, end - begin)
             if count:
-                target[tuple(ours)].copy_(self._open[piece.file].get_slice(piece.name)[tuple(theirs)])
+                whole = count == math.prod(piece.shape)
+                # A whole tensor comes as a view of the mapped file, a part of one as a copy.
+                data = (
+                    self._open[piece.file].get_tensor(piece.name)
+                    if whole
+                    else self._open[piece.file].get_slice(piece.name)[tuple(theirs)]
+                )
+                target[tuple(ours)].copy_(data)
                 covered += count
         if covered != target.numel():
             raise UserError(

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from yxanul_nemo.log import logger
 from yxanul_nemo.training.agreement import any_rank
 from yxanul_nemo.training.module import MAX_SKIPPED_IN_A_ROW, PhaseModule
+from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopRequest
 
 
@@ -20,10 +21,8 @@ class BetweenSteps(pl.Callback):
     records of a resumed run are about each step exactly once.
     """
 
-    def __init__(
-        self, every_steps: int, every_tokens: float, save: Callable[[PhaseModule, bool], None], stop: StopRequest
-    ):
-        self.every_steps, self.every_tokens, self.save, self.stop = every_steps, every_tokens, save, stop
+    def __init__(self, every_steps: int, every_tokens: float, saver: CheckpointSaver, stop: StopRequest):
+        self.every_steps, self.every_tokens, self.saver, self.stop = every_steps, every_tokens, saver, stop
 
     def on_train_start(self, trainer: pl.Trainer, module: PhaseModule) -> None:
         """Start the clock after everything is set up; count tokens from where this process begins."""
@@ -41,20 +40,27 @@ class BetweenSteps(pl.Callback):
         self, trainer: pl.Trainer, module: PhaseModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record and save where due."""
-        stop = any_rank(bool(self.stop))
+        stop, save_failed = any_rank(bool(self.stop), self.saver.failed)
         finished = module.steps_done == module.phase.steps
         saves = finished or stop or module.tokens_total - self._saved_at >= self.every_tokens
+        if saves or save_failed:
+            self._wait(module, self.saver.wait)
+        module.meter.save_seconds += self.saver.written_seconds()
         if saves or module.steps_done % self.every_steps == 0:
             self._record(trainer, module)
         if module.steps_done % min(self.every_steps, MAX_SKIPPED_IN_A_ROW) == 0:
             module.check_skips()
         if saves:
-            began = time.perf_counter()
-            self.save(module, finished)
-            module.meter.pause(time.perf_counter() - began)
+            self._wait(module, lambda: self.saver.start(module.ledger(), phase_end=finished))
             self._saved_at = module.tokens_total
         trainer.should_stop = stop
         self._batch_end = time.perf_counter()
+
+    def _wait(self, module: PhaseModule, act: Callable[[], object]) -> None:
+        """Do what belongs to saving; its time is not one of training."""
+        began = time.perf_counter()
+        act()
+        module.meter.pause(time.perf_counter() - began)
 
     def _record(self, trainer: pl.Trainer, module: PhaseModule) -> None:
         record = module.meter.record() | {

@@ -44,7 +44,9 @@ class StepMeter:
     def restart(self) -> None:
         """Begin a new interval now."""
         self.began = time.perf_counter()
-        self.data_wait_seconds = self.save_seconds = 0.0
+        self.data_wait_seconds = self.save_wait_seconds = 0.0
+        self.save_seconds = 0.0
+        """Time that a thread took for a checkpoint that was committed in the interval, while training went on."""
         self.steps = self.tokens = 0
         self.loss_sum: Any = 0.0
         self.applied_sum: Any = 0
@@ -62,14 +64,14 @@ class StepMeter:
         self.grad_norm = grad_norm
 
     def pause(self, seconds: float) -> None:
-        """Leave out time that was just spent on a checkpoint; it is recorded on its own."""
+        """Leave out time that was just spent waiting for a checkpoint; it is recorded on its own."""
         self.began += seconds
-        self.save_seconds += seconds
+        self.save_wait_seconds += seconds
 
     def record(self) -> dict[str, float]:
         """Means over the interval's applied steps; the gradient norm is that of the last step. Starts the next interval.
 
-        Speeds are those of training: waiting for a checkpoint is `save_seconds`, in the record after it.
+        Speeds are those of training: waiting for a checkpoint is `save_wait_seconds`, in the record after it.
         """
         applied = int(self.applied_sum)
         loss = float(self.loss_sum) / applied if applied else math.nan
@@ -85,6 +87,7 @@ class StepMeter:
             "model_flops_per_second": self.tokens * self.flops_per_token / seconds,
             "seconds_per_step": seconds / self.steps,
             "data_wait_share": self.data_wait_seconds / seconds,
+            "save_wait_seconds": self.save_wait_seconds,
             "save_seconds": self.save_seconds,
         }
         self.restart()

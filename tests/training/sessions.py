@@ -84,6 +84,19 @@ def train_and_signal_in_validation(config: RunConfig, phases: Sequence[int]) -> 
     return train(config, phases)
 
 
+def train_alone(config: RunConfig, phases: Sequence[int], began: Any) -> None:
+    """`train` as a process that a test kills: sets the event when it begins, prints nothing, ends with 0 when all is done."""
+    import torch
+
+    environment = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    began.set()
+    assert all(train(config, phases))
+    os._exit(0)
+
+
 def train_and_count(config: RunConfig, phases: Sequence[int]) -> dict[str, dict[int, int]]:
     """`train`; how many lines of the project each piece of each kind of work took, by the tokens it leads to."""
     lines: dict[str, dict[int, int]] = {work: {} for work in WORK}
@@ -193,6 +206,45 @@ def train_with_bad_gradients(config: RunConfig, phases: Sequence[int], bad_steps
 
     CpuBackend._sum_over_data_ranks = reduce_and_poison
     return refusals([config], phases)[0]
+
+
+def train_with_spikes(config: RunConfig, phases: Sequence[int], spikes: Sequence[int], stop_after: int = 0) -> None:
+    """`train`, with much larger gradients in those steps of this process, from 0; stopped after so many steps, 0: never."""
+    from yxanul_nemo.training.cpu_backend import CpuBackend
+
+    steps = 0
+    reduce = CpuBackend._sum_over_data_ranks
+
+    def reduce_and_enlarge(backend: CpuBackend) -> None:
+        nonlocal steps
+        reduce(backend)
+        if steps in spikes:
+            for param in backend.optimizer.params:
+                param.grad.mul_(1e4)
+        steps += 1
+        if steps == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    CpuBackend._sum_over_data_ranks = reduce_and_enlarge
+    train(config, phases)
+
+
+def train_and_hang(config: RunConfig, phases: Sequence[int], tokens: int, rank: int, logs: Path) -> None:
+    """`train`, with a step of one rank that never ends; what each rank prints goes into a file."""
+    from yxanul_nemo.log import configure_logging
+    from yxanul_nemo.training.module import PhaseModule
+
+    os.dup2(os.open(logs / os.environ["RANK"], os.O_WRONLY | os.O_CREAT), 2)
+    configure_logging()
+    step = PhaseModule.training_step
+
+    def step_and_hang(module: PhaseModule, batch: tuple, batch_index: int) -> None:
+        if module.tokens_total == tokens and int(os.environ["RANK"]) == rank:
+            threading.Event().wait()
+        step(module, batch, batch_index)
+
+    PhaseModule.training_step = step_and_hang
+    train(config, phases)
 
 
 def train_ahead_of_a_save(config: RunConfig, phases: Sequence[int], tokens: int, steps: int) -> int:

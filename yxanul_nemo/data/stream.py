@@ -1,10 +1,26 @@
 """One source as an endless stream of tokens: its documents in an order fixed by seed and epoch, each ended by EOS."""
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.indexed import IndexedTokens
+
+
+class DocumentPiece(NamedTuple):
+    """A part of one document in a stream."""
+
+    epoch: int
+    shard: int
+    """Place of its file among the source's shards."""
+    document: int
+    """Number in that shard."""
+    first_token: int
+    """Of the document, from 0."""
+    tokens: int
 
 
 class TokenStream:
@@ -18,7 +34,7 @@ class TokenStream:
         self.shards = list(shards)
         self.seed = seed
         self.lengths = np.concatenate([np.diff(shard.document_offsets) for shard in self.shards]).astype(np.int64)
-        self.first_document = np.cumsum([0] + [len(shard.document_offsets) - 1 for shard in self.shards])
+        self.first_document = [0, *accumulate(len(shard.document_offsets) - 1 for shard in self.shards)]
         self.tokens_per_epoch = int(self.lengths.sum())
         assert self.tokens_per_epoch > 0, "a source without tokens is refused before training"
         self._epoch = -1
@@ -27,13 +43,28 @@ class TokenStream:
         """Tokens [count] int64 from position `start` on, over document and epoch boundaries."""
         out = np.empty(count, dtype=np.int64)
         filled = 0
-        while filled < count:
-            epoch, offset = divmod(start + filled, self.tokens_per_epoch)
-            self._enter(epoch)
-            n = min(count - filled, self.tokens_per_epoch - offset)
-            self._copy(offset, out[filled : filled + n])
-            filled += n
+        for piece in self.pieces(start, count):
+            shard = self.shards[piece.shard]
+            begin = int(shard.document_offsets[piece.document]) + piece.first_token
+            out[filled : filled + piece.tokens] = shard.tokens[begin : begin + piece.tokens]
+            filled += piece.tokens
         return out
+
+    def pieces(self, start: int, count: int) -> Iterator[DocumentPiece]:
+        """The documents that `read(start, count)` is made of, in order, each with the part of it that is read."""
+        end = start + count
+        while start < end:
+            epoch, offset = divmod(start, self.tokens_per_epoch)
+            self._enter(epoch)
+            place = int(np.searchsorted(self._starts, offset, side="right")) - 1
+            skipped = offset - int(self._starts[place])
+            epoch_end = min(end, start - offset + self.tokens_per_epoch)
+            while start < epoch_end:
+                document = int(self._order[place])
+                shard = bisect_right(self.first_document, document) - 1
+                tokens = min(epoch_end - start, int(self.lengths[document]) - skipped)
+                yield DocumentPiece(epoch, shard, document - self.first_document[shard], skipped, tokens)
+                start, skipped, place = start + tokens, 0, place + 1
 
     def _enter(self, epoch: int) -> None:
         if epoch != self._epoch:
@@ -41,17 +72,3 @@ class TokenStream:
             self._order = rng.permutation(len(self.lengths))
             self._starts = np.concatenate([[0], np.cumsum(self.lengths[self._order])])
             self._epoch = epoch
-
-    def _copy(self, offset: int, out: np.ndarray) -> None:
-        place = int(np.searchsorted(self._starts, offset, side="right")) - 1
-        filled = 0
-        while filled < len(out):
-            document = int(self._order[place])
-            shard_index = int(np.searchsorted(self.first_document, document, side="right")) - 1
-            shard = self.shards[shard_index]
-            begin = int(shard.document_offsets[document - self.first_document[shard_index]])
-            skip = offset + filled - int(self._starts[place])
-            n = min(len(out) - filled, int(self.lengths[document]) - skip)
-            out[filled : filled + n] = shard.tokens[begin + skip : begin + skip + n]
-            filled += n
-            place += 1

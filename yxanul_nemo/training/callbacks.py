@@ -6,23 +6,31 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
 from yxanul_nemo.training.agreement import any_rank
-from yxanul_nemo.training.module import MAX_SKIPPED_IN_A_ROW, PhaseModule
+from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopRequest
+from yxanul_nemo.training.skips import SkippedUpdate
+from yxanul_nemo.training.watchdog import Watchdog
+
+SKIPS_NAME = "skipped_updates"
+"""Folder in the run's for what was trained on when updates were skipped until the run stopped."""
 
 
 class BetweenSteps(pl.Callback):
     """After each step of all ranks.
 
-    Every `every_steps` steps, one record to Lightning's loggers and one line to the log; the step axis is tokens. Every
-    `every_tokens` tokens, at the end of the phase and on a request to stop, a checkpoint, and a record before it: so the
+    Every `logging.every_steps` steps, one record to Lightning's loggers and one line to the log; the step axis is tokens. Every
+    `checkpoint.every_tokens` tokens, at the end of the phase and on a request to stop, a checkpoint, and a record before it: so the
     records of a resumed run are about each step exactly once.
     """
 
-    def __init__(self, every_steps: int, every_tokens: float, saver: CheckpointSaver, stop: StopRequest):
-        self.every_steps, self.every_tokens, self.saver, self.stop = every_steps, every_tokens, saver, stop
+    def __init__(self, config: RunConfig, saver: CheckpointSaver, stop: StopRequest, watchdog: Watchdog):
+        self.every_steps, self.every_tokens = config.logging.every_steps, config.checkpoint.every_tokens
+        self.allowed_skips, self.skips_dir = config.guards.max_skips_in_a_row, config.run.dir / SKIPS_NAME
+        self.saver, self.stop, self.watchdog = saver, stop, watchdog
 
     def on_train_start(self, trainer: pl.Trainer, module: PhaseModule) -> None:
         """Start the clock after everything is set up; count tokens from where this process begins."""
@@ -48,12 +56,13 @@ class BetweenSteps(pl.Callback):
         module.meter.save_seconds += self.saver.written_seconds()
         if saves or module.steps_done % self.every_steps == 0:
             self._record(trainer, module)
-        if module.steps_done % min(self.every_steps, MAX_SKIPPED_IN_A_ROW) == 0:
-            module.check_skips()
+        if module.steps_done % min(self.every_steps, self.allowed_skips) == 0:
+            module.check_skips(self.allowed_skips, self.skips_dir)
         if saves:
             self._wait(module, lambda: self.saver.start(module.ledger(), phase_end=finished))
             self._saved_at = module.tokens_total
         trainer.should_stop = stop
+        self.watchdog.step_done()
         self._batch_end = time.perf_counter()
 
     def _wait(self, module: PhaseModule, act: Callable[[], object]) -> None:
@@ -71,9 +80,31 @@ class BetweenSteps(pl.Callback):
             "grad_clip": module.phase.grad_clip,
             "time_unix": time.time(),
         }
+        for skip in module.meter.skipped_updates:
+            self._record_skip(trainer, module, skip)
         for sink in trainer.loggers:
             sink.log_metrics(record, step=module.tokens_total)
         logger.info("%s", _line(module, record))
+
+    def _record_skip(self, trainer: pl.Trainer, module: PhaseModule, skip: SkippedUpdate) -> None:
+        """A record of its own, whose step axis is that step's; all names in it begin with `skipped_`."""
+        step = module.steps_done - skip.steps_ago
+        values = {
+            "skipped_phase": module.phase.number,
+            "skipped_step_in_phase": step,
+            "skipped_loss_nats_per_token": skip.loss,
+            "skipped_grad_norm": skip.grad_norm,
+        }
+        for sink in trainer.loggers:
+            sink.log_metrics(values, step=module.phase.first_token + step * module.phase.tokens_per_step)
+        logger.warning(
+            "phase %d step %d: update skipped, %s (loss %.4f, gradient norm %.4f)",
+            module.phase.number,
+            step,
+            skip.reason,
+            skip.loss,
+            skip.grad_norm,
+        )
 
 
 def _line(module: PhaseModule, record: dict[str, float]) -> str:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.files import write_text_atomic
 from yxanul_nemo.log import logger as log
+from yxanul_nemo.training.skips import SkippedUpdate
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -27,6 +29,8 @@ class StepMeter:
 
     def __init__(self, bytes_per_token: float, flops_per_token: float):
         self.bytes_per_token, self.flops_per_token = bytes_per_token, flops_per_token
+        self.skipped_updates: list[SkippedUpdate] = []
+        """Those of the interval that was recorded last."""
         self._skipped: Any = 0
         self._skipped_in_a_row: Any = 0
         self.restart()
@@ -51,6 +55,7 @@ class StepMeter:
         self.loss_sum: Any = 0.0
         self.applied_sum: Any = 0
         self.grad_norm: Any = 0.0
+        self._steps_3: list[Tensor] = []
 
     def add(self, tokens: int, loss: Tensor, grad_norm: Tensor, applied: Tensor) -> None:
         """One optimizer step; the scalars stay on their device."""
@@ -62,6 +67,7 @@ class StepMeter:
         self._skipped = self._skipped + (~applied).long()
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * (~applied).long()
         self.grad_norm = grad_norm
+        self._steps_3.append(torch.stack((loss.double(), grad_norm.double(), applied.double())))
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was just spent waiting for a checkpoint; it is recorded on its own."""
@@ -74,6 +80,7 @@ class StepMeter:
         Speeds are those of training: waiting for a checkpoint is `save_wait_seconds`, in the record after it.
         """
         applied = int(self.applied_sum)
+        self.skipped_updates = self._skips() if applied < self.steps else []
         loss = float(self.loss_sum) / applied if applied else math.nan
         grad_norm = float(self.grad_norm)
         seconds = time.perf_counter() - self.began
@@ -92,6 +99,14 @@ class StepMeter:
         }
         self.restart()
         return values
+
+    def _skips(self) -> list[SkippedUpdate]:
+        steps = torch.stack(self._steps_3).tolist()
+        return [
+            SkippedUpdate(len(steps) - 1 - i, loss, norm)
+            for i, (loss, norm, applied) in enumerate(steps)
+            if not applied
+        ]
 
 
 class JsonlLogger(Logger):

@@ -42,6 +42,7 @@ from yxanul_nemo.training.phases import (
 )
 from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopNow, StopRequest
+from yxanul_nemo.training.watchdog import Watchdog
 from yxanul_nemo.validation.record import phase_result_path
 from yxanul_nemo.validation.stage import identified, validate_model
 from yxanul_nemo.validation.table import table
@@ -135,6 +136,7 @@ class PhaseSession:
                 f"the end of phase {number - 1}",
                 f"Run `python launcher.py stage=train` without phases=, or with phases={max(1, ledger.phase)}-{number}.",
             )
+        self.backend.guard.reset()
         return ledger.start_phase(phase_plan(self.phase), self.layout.micro_batch_size, self.world_size)
 
     def _load(self, checkpoint: Checkpoint) -> None:
@@ -186,6 +188,7 @@ class PhaseSession:
             self.layout.micro_batch_size,
             first_step,
         )
+        watchdog = Watchdog(config.guards.hang_seconds, f"rank {self.rank}", others=self.world_size > 1)
         trainer = pl.Trainer(
             accelerator="gpu" if self.device == "cuda" else "cpu",
             strategy=SingleDeviceStrategy(device=self._torch_device()),
@@ -193,7 +196,7 @@ class PhaseSession:
             plugins=[LightningEnvironment()],
             max_epochs=1,
             logger=self._loggers(),
-            callbacks=[BetweenSteps(config.logging.every_steps, config.checkpoint.every_tokens, saver, stop)],
+            callbacks=[BetweenSteps(config, saver, stop, watchdog)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -202,7 +205,8 @@ class PhaseSession:
             limit_val_batches=0,
         )
         try:
-            trainer.fit(module, DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda"))
+            with watchdog:
+                trainer.fit(module, DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda"))
         except Exception:
             # What is being saved is good, whatever happened to training since.
             saver.wait()

@@ -208,6 +208,26 @@ def train_with_bad_gradients(config: RunConfig, phases: Sequence[int], bad_steps
     return refusals([config], phases)[0]
 
 
+def train_and_draw(config: RunConfig, phases: Sequence[int], stop_at_tokens: int = 0) -> list[float]:
+    """`train`, with a random number drawn from torch's generator in each step, to a stop if tokens for one are given."""
+    import torch
+
+    from yxanul_nemo.training.module import PhaseModule
+
+    drawn: list[float] = []
+    step = PhaseModule.training_step
+
+    def step_and_draw(module: PhaseModule, batch: tuple, batch_index: int) -> None:
+        step(module, batch, batch_index)
+        drawn.append(float(torch.rand(1)))
+        if module.tokens_total == stop_at_tokens:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    PhaseModule.training_step = step_and_draw
+    train(config, phases)
+    return drawn
+
+
 def train_with_spikes(config: RunConfig, phases: Sequence[int], spikes: Sequence[int], stop_after: int = 0) -> None:
     """`train`, with much larger gradients in those steps of this process, from 0; stopped after so many steps, 0: never."""
     from yxanul_nemo.training.cpu_backend import CpuBackend

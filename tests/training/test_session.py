@@ -62,6 +62,21 @@ def test_training_goes_on_while_a_save_is_written_and_does_not_change_it(
     assert any(record["save_wait_seconds"] > 0 for record in records(ahead))
 
 
+def test_what_draws_random_numbers_in_a_step_goes_on_where_it_stood(make_run: MakeRun) -> None:
+    """As dropout would; the draws are also those of the step's number on a second rank, which has states of its own."""
+    for ranks in (1, 2):
+        through, stopped = make_run(), make_run()
+        expected = run_ranks(sessions.train_and_draw, ranks, through, PHASES)
+        drawn = [[] for _ in range(ranks)]
+        for tokens in (2560, 7168, 0):
+            for all_drawn, more in zip(
+                drawn, run_ranks(sessions.train_and_draw, ranks, stopped, PHASES, tokens), strict=True
+            ):
+                all_drawn += more
+        assert drawn == expected
+        assert len(expected[0]) == len(set(expected[0])) == STEPS
+
+
 def test_stops_by_signals_are_saved_and_change_nothing(make_run: MakeRun, straight: RunConfig) -> None:
     """After the first step, at the end of a phase, after the first of the next, before its last, and at a save."""
     config = make_run()

@@ -40,6 +40,7 @@ from yxanul_nemo.training.phases import (
     source_sizes,
     total_tokens,
 )
+from yxanul_nemo.training.random_state import restore_random_state, sharded_random_state
 from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopNow, StopRequest
 from yxanul_nemo.training.watchdog import Watchdog
@@ -140,13 +141,15 @@ class PhaseSession:
         return ledger.start_phase(phase_plan(self.phase), self.layout.micro_batch_size, self.world_size)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        ShardReader(checkpoint.path).load_into(self._state())
+        state = self._state()
+        ShardReader(checkpoint.path).load_into(state)
         self.backend.after_load()
+        restore_random_state(state, self.device)
         self.checkpoint = checkpoint
         logger.info("loaded %s (%s tokens)", checkpoint.path, f"{checkpoint.tokens:,}")
 
     def _state(self) -> dict[str, Any]:
-        return self.backend.sharded_state()
+        return self.backend.sharded_state() | sharded_random_state(self.device)
 
     def _windows(self) -> PhaseWindows:
         names = self.config.data.source_names
@@ -206,12 +209,17 @@ class PhaseSession:
         )
         try:
             with watchdog:
-                trainer.fit(module, DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda"))
+                trainer.fit(module, self._loader(batches))
         except Exception:
             # What is being saved is good, whatever happened to training since.
             saver.wait()
             raise
         return module, saver
+
+    def _loader(self, batches: PhaseBatches) -> DataLoader:
+        # Each loader draws a seed for workers, which there are none of; it is not to come from the generator that is saved.
+        own = torch.Generator().manual_seed(0)
+        return DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda", generator=own)
 
     def _torch_device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")

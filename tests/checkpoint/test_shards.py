@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path: Path) -> None:
         with_header(good, {}, {"w@0,0": {"offset": "ab", **whole}}): "is not a checkpoint file",
         with_header(good, {}, {"w@0,0": {"offset": [0], **whole}}): "is not a checkpoint file",
         with_header(good, {}, {"w@0,0": {"offset": [-4, 0], **whole}}): "is not a checkpoint file",
-        with_header(good, {}, {"w@0,0": {"offset": [4, 0], **whole}}): "values of 'w'",
+        with_header(good, {}, {"w@0,0": {"offset": [4, 0], **whole}}): "is there twice",
         with_header(good, {}, {"w@0,0": {"offset": [0, 0], "global_shape": [7, 8]}}): "has 'w' as [7, 8]",
     }
     errors = run_ranks(loads, 1, tmp_path, [good, *cases])[0]
@@ -164,7 +164,14 @@ def save_in_parts(folder: Path, part_bytes: int) -> tuple[int, bool]:
     for shard in state.values():
         shard.data.fill_(9.0)
     buffers.write(folder, 0)
+    names = sorted(file.name for file in folder.glob("rank_00000*.safetensors"))
+    # Another state finds other buffers.
+    other = sharded(4.0, part_rows=3, name="v")
+    buffers.take(other)
+    (folder / "other").mkdir()
+    buffers.write(folder / "other", 0)
+    ShardReader(folder / "other").load_into(sharded(0.0, name="v"))
     loaded = sharded(0.0)
     ShardReader(folder).load_into(loaded)
     same = all(torch.equal(shard.data, torch.full_like(shard.data, 3.0)) for shard in loaded.values())
-    return len(list(folder.glob("rank_00000*.safetensors"))), same
+    return len(names), same

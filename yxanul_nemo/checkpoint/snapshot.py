@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from safetensors.torch import save_file
 from torch import Tensor
 
+from yxanul_nemo.log import logger
 from yxanul_nemo.model.sharding import block_shape, sharded_tensors
 
 HEADER_KEY = "pieces"
@@ -39,32 +40,11 @@ class HostSnapshot:
     """Buffers for the pieces that this rank owns (its main replicas).
 
     Args:
-        state: nested dict of `ShardedTensor`s; later ones must have the same names, shapes and number formats.
+        state: nested dict of `ShardedTensor`s, as it will be saved.
     """
 
     def __init__(self, state: Any):
-        pieces = list(_owned(state))
-        self.on_gpu = any(tensor.is_cuda for _, tensor, _ in pieces)
-        plan: list[list[tuple[str, Tensor, ShardedTensor, int]]] = []
-        sizes: list[int] = []
-        for name, tensor, shard in pieces:
-            padded = -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            if not plan or sizes[-1] + padded > PART_BYTES:
-                plan.append([])
-                sizes.append(0)
-            plan[-1].append((name, tensor, shard, sizes[-1]))
-            sizes[-1] += padded
-        self._parts: list[_Part] = []
-        self._targets: dict[str, Tensor] = {}
-        for members, size_bytes in zip(plan, sizes, strict=True):
-            buffer = torch.empty(size_bytes, dtype=torch.uint8, pin_memory=self.on_gpu)
-            part = _Part(size_bytes)
-            for name, tensor, shard, begin in members:
-                assert name not in self._targets, f"two pieces are called {name}"
-                view = buffer[begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-                part.tensors[name] = self._targets[name] = view
-                part.header[name] = {"offset": list(shard.global_offset), "global_shape": list(shard.global_shape)}
-            self._parts.append(part)
+        self._allocate(list(_owned(state)))
 
     @property
     def size_bytes(self) -> int:
@@ -74,14 +54,13 @@ class HostSnapshot:
     @torch.no_grad()
     def take(self, state: Any) -> None:
         """Copy the tensors as they are now; when it returns, they may change."""
-        taken = 0
-        for name, tensor, _ in _owned(state):
-            target = self._targets[name]
-            assert (target.shape, target.dtype) == (tensor.shape, tensor.dtype), name
-            target.copy_(tensor, non_blocking=True)
-            taken += 1
-        assert taken == len(self._targets), f"{taken} pieces instead of {len(self._targets)}"
-        if self.on_gpu:
+        pieces = list(_owned(state))
+        if [_form(name, tensor) for name, tensor, _ in pieces] != self._forms:
+            logger.info("the state's tensors are others than before; memory for saves is allocated anew")
+            self._allocate(pieces)
+        for name, tensor, _ in pieces:
+            self._targets[name].copy_(tensor, non_blocking=True)
+        if self._on_gpu:
             # The copies are queued behind the step that has just ended, on the stream that trains.
             copied = torch.cuda.Event()
             copied.record()
@@ -105,6 +84,31 @@ class HostSnapshot:
 
         with ThreadPoolExecutor(WRITE_THREADS) as pool:
             list(pool.map(write_part, range(len(self._parts)), self._parts))
+
+    def _allocate(self, pieces: list[tuple[str, Tensor, ShardedTensor]]) -> None:
+        self._forms = [_form(name, tensor) for name, tensor, _ in pieces]
+        self._on_gpu = any(tensor.is_cuda for _, tensor, _ in pieces)
+        self._parts: list[_Part] = []
+        self._targets: dict[str, Tensor] = {}
+        places: list[tuple[_Part, int]] = []
+        for _, tensor, _ in pieces:
+            padded = -(-tensor.nbytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+            if not self._parts or self._parts[-1].size_bytes + padded > PART_BYTES:
+                self._parts.append(_Part())
+            places.append((self._parts[-1], self._parts[-1].size_bytes))
+            self._parts[-1].size_bytes += padded
+        buffers = {
+            id(part): torch.empty(part.size_bytes, dtype=torch.uint8, pin_memory=self._on_gpu) for part in self._parts
+        }
+        for (name, tensor, shard), (part, begin) in zip(pieces, places, strict=True):
+            assert name not in self._targets, f"two pieces are called {name}"
+            view = buffers[id(part)][begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            part.tensors[name] = self._targets[name] = view
+            part.header[name] = {"offset": list(shard.global_offset), "global_shape": list(shard.global_shape)}
+
+
+def _form(name: str, tensor: Tensor) -> tuple[str, torch.Size, torch.dtype]:
+    return name, tensor.shape, tensor.dtype
 
 
 def _owned(state: Any) -> Iterator[tuple[str, Tensor, ShardedTensor]]:

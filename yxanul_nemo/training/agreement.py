@@ -13,7 +13,12 @@ import torch.distributed as dist
 from yxanul_nemo.errors import UserError
 
 
-def any_rank(*flags: bool) -> tuple[bool, ...]:
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is set on any rank."""
+    return any_rank_each(flag)[0]
+
+
+def any_rank_each(*flags: bool) -> tuple[bool, ...]:
     """Of each flag whether it is set on any rank; the tensor is on the CPU, so no GPU waits."""
     if dist.get_world_size() == 1:
         return flags

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
-from yxanul_nemo.training.agreement import any_rank
+from yxanul_nemo.training.agreement import any_rank_each
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopRequest
@@ -48,7 +48,7 @@ class BetweenSteps(pl.Callback):
         self, trainer: pl.Trainer, module: PhaseModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record and save where due."""
-        stop, save_failed = any_rank(bool(self.stop), self.saver.failed)
+        stop, save_failed = any_rank_each(bool(self.stop), self.saver.failed)
         finished = module.steps_done == module.phase.steps
         saves = finished or stop or module.tokens_total - self._saved_at >= self.every_tokens
         if saves or save_failed:

@@ -99,7 +99,7 @@ class PhaseSession:
         saver: CheckpointSaver | None = None
         if first_step < self.phase.steps:
             module, saver = self._train(first_step, stop)
-            if module.steps_done < self.phase.steps or any_rank(bool(stop))[0]:
+            if module.steps_done < self.phase.steps or any_rank(bool(stop)):
                 saver.wait()
                 logger.info("stopped by %s at %s tokens, saved", stop.reason or "a rank", f"{module.tokens_total:,}")
                 return False

@@ -97,14 +97,22 @@ class HostSnapshot:
                 self._parts.append(_Part())
             places.append((self._parts[-1], self._parts[-1].size_bytes))
             self._parts[-1].size_bytes += padded
-        buffers = {
-            id(part): torch.empty(part.size_bytes, dtype=torch.uint8, pin_memory=self._on_gpu) for part in self._parts
-        }
+        buffers = {id(part): _host_memory(part.size_bytes, pinned=self._on_gpu) for part in self._parts}
         for (name, tensor, shard), (part, begin) in zip(pieces, places, strict=True):
             assert name not in self._targets, f"two pieces are called {name}"
             view = buffers[id(part)][begin : begin + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             part.tensors[name] = self._targets[name] = view
             part.header[name] = {"offset": list(shard.global_offset), "global_shape": list(shard.global_shape)}
+
+
+def _host_memory(size_bytes: int, pinned: bool) -> Tensor:
+    if pinned:
+        try:
+            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            first_line = str(error).partition("\n")[0]
+            logger.warning("no pinned memory for saves, which will take training longer: %s", first_line)
+    return torch.empty(size_bytes, dtype=torch.uint8)
 
 
 def _form(name: str, tensor: Tensor) -> tuple[str, torch.Size, torch.dtype]:

@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
 
 OPTIONS_WITH_VALUE = {
@@ -51,6 +52,9 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv):
+        print(help_text())
+        sys.exit()
     # Hydra ends with 1 and its own wording on a wrong override; composing first lets the project's words and exit code apply.
     if not ONLY_HYDRA_CAN_READ & set(sys.argv):
         try:

@@ -8,12 +8,14 @@ from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
 from yxanul_nemo.config.bench import BenchConfig
+from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
 from yxanul_nemo.config.guards import GuardsConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
 from yxanul_nemo.config.plan import PlanConfig
+from yxanul_nemo.config.report import ReportConfig
 from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
 
 
@@ -48,10 +50,14 @@ class RunConfig(Section):
     export: ExportConfig
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
+    report: ReportConfig = ReportConfig()
+    cluster: ClusterConfig = ClusterConfig()
     stage: str | list[str] = "all"
-    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or plan alone."""
+    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or a stage that looks, alone."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
+    runs: list[Path] = Field(default_factory=list)
+    """Folders of runs that `stage=report` compares; empty: a report of `run.dir`."""
 
     @property
     def data_dir(self) -> Path:

@@ -7,12 +7,11 @@ from typing import Any
 import lightning.pytorch as pl
 
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.log import logger
 from yxanul_nemo.training.agreement import any_rank_each
 from yxanul_nemo.training.module import PhaseModule
+from yxanul_nemo.training.records import Recorder
 from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopRequest
-from yxanul_nemo.training.skips import SkippedUpdate
 from yxanul_nemo.training.watchdog import Watchdog
 
 SKIPS_NAME = "skipped_updates"
@@ -27,10 +26,12 @@ class BetweenSteps(pl.Callback):
     records of a resumed run are about each step exactly once.
     """
 
-    def __init__(self, config: RunConfig, saver: CheckpointSaver, stop: StopRequest, watchdog: Watchdog):
+    def __init__(
+        self, config: RunConfig, saver: CheckpointSaver, stop: StopRequest, watchdog: Watchdog, recorder: Recorder
+    ):
         self.every_steps, self.every_tokens = config.logging.every_steps, config.checkpoint.every_tokens
         self.allowed_skips, self.skips_dir = config.guards.max_skips_in_a_row, config.run.dir / SKIPS_NAME
-        self.saver, self.stop, self.watchdog = saver, stop, watchdog
+        self.saver, self.stop, self.watchdog, self.recorder = saver, stop, watchdog, recorder
 
     def on_train_start(self, trainer: pl.Trainer, module: PhaseModule) -> None:
         """Start the clock after everything is set up; count tokens from where this process begins."""
@@ -55,7 +56,7 @@ class BetweenSteps(pl.Callback):
             self._wait(module, self.saver.wait)
         module.meter.save_seconds += self.saver.written_seconds()
         if saves or module.steps_done % self.every_steps == 0:
-            self._record(trainer, module)
+            self.recorder.record(trainer.loggers, module)
         if module.steps_done % min(self.every_steps, self.allowed_skips) == 0:
             module.check_skips(self.allowed_skips, self.skips_dir)
         if saves:
@@ -70,48 +71,3 @@ class BetweenSteps(pl.Callback):
         began = time.perf_counter()
         act()
         module.meter.pause(time.perf_counter() - began)
-
-    def _record(self, trainer: pl.Trainer, module: PhaseModule) -> None:
-        record = module.meter.record() | {
-            "phase": module.phase.number,
-            "seq_len": module.phase.seq_len,
-            "step_in_phase": module.steps_done,
-            "learning_rate": module.last_lr,
-            "grad_clip": module.phase.grad_clip,
-            "time_unix": time.time(),
-        }
-        for skip in module.meter.skipped_updates:
-            self._record_skip(trainer, module, skip)
-        for sink in trainer.loggers:
-            sink.log_metrics(record, step=module.tokens_total)
-        logger.info("%s", _line(module, record))
-
-    def _record_skip(self, trainer: pl.Trainer, module: PhaseModule, skip: SkippedUpdate) -> None:
-        """A record of its own, whose step axis is that step's; all names in it begin with `skipped_`."""
-        step = module.steps_done - skip.steps_ago
-        values = {
-            "skipped_phase": module.phase.number,
-            "skipped_step_in_phase": step,
-            "skipped_loss_nats_per_token": skip.loss,
-            "skipped_grad_norm": skip.grad_norm,
-        }
-        for sink in trainer.loggers:
-            sink.log_metrics(values, step=module.phase.first_token + step * module.phase.tokens_per_step)
-        logger.warning(
-            "phase %d step %d: update skipped, %s (loss %.4f, gradient norm %.4f)",
-            module.phase.number,
-            step,
-            skip.reason,
-            skip.loss,
-            skip.grad_norm,
-        )
-
-
-def _line(module: PhaseModule, record: dict[str, float]) -> str:
-    done, planned = module.steps_done, module.phase.steps
-    skipped = f" {record['skipped_steps']} skipped" if record["skipped_steps"] else ""
-    return (
-        f"phase {module.phase.number} seq {module.phase.seq_len:>4} step {done:>5}/{planned} "
-        f"loss {record['loss_nats_per_token']:.4f} bpb {record['bits_per_byte']:.4f} lr {record['learning_rate']:.2e} "
-        f"norm {record['grad_norm']:.2f} {record['tokens_per_second']:,.0f} tok/s {module.tokens_total:,} tokens{skipped}"
-    )

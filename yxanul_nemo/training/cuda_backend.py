@@ -94,7 +94,7 @@ class CudaBackend:
     def sharded_state(self) -> dict[str, Any]:
         """Weights, optimizer, guard and FP8 scales, as views that a checkpoint's tensors can be copied into."""
         state = self.optimizer.sharded_state(self.model.sharded_state_dict()) | self.guard.sharded_state()
-        return state | (sharded_fp8_state() if self.is_fp8 else {})
+        return state | (sharded_fp8_state(self.model) if self.is_fp8 else {})
 
     def after_load(self) -> None:
         """Bring what is derived from the loaded state in line with it."""

@@ -1,5 +1,6 @@
 """Updates that were skipped: which steps they were, and what those steps were trained on."""
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def _step(step: int, phase: Phase, windows: PhaseWindows, source_names: Sequence
                         "first_token": piece.first_token,
                         "tokens": piece.tokens,
                     }
-                    for piece in stream.pieces(start + before, after - before)
+                    # A copy, because batches are read ahead from the stream itself in a thread.
+                    for piece in copy.copy(stream).pieces(start + before, after - before)
                 ],
             }
     return {

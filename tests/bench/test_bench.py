@@ -14,7 +14,7 @@ from yxanul_nemo.errors import UserError
 
 
 def test_the_phases_of_a_curriculum_are_measured_with_their_own_steps() -> None:
-    config = parse(compose(["recipe=yxanul_197m_h100"]))
+    config = parse(compose(["recipe=yxanul_197m_h100", "parallel.micro_batch_tokens=65536"]))
     cases = bench_cases(config)
     assert [case.phase.seq_len for case in cases] == [phase.seq_len for phase in config.curriculum.phases]
     for case, phase in zip(cases, config.curriculum.phases, strict=True):
@@ -34,7 +34,8 @@ def test_lists_are_tried_in_every_combination() -> None:
 
 def test_a_length_without_positions_is_refused() -> None:
     with pytest.raises(UserError, match=r"bench\.seq_len: has 9000"):
-        bench_cases(parse(compose(["recipe=yxanul_197m_h100", "bench.seq_len=[9000]"])))
+        asked = ("parallel.micro_batch_tokens=65536", "bench.seq_len=[9000]")
+        bench_cases(parse(compose(["recipe=yxanul_197m_h100", *asked])))
 
 
 def test_the_figures_are_those_of_training_steps(

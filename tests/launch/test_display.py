@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,11 +24,20 @@ RECORD = {
 }  # fmt: skip
 
 
-def shown(config: RunConfig, *told: tuple[bytes, dict | None], terminal: bool, task: Task | None = None) -> str:
-    console = Console(
-        file=io.StringIO(), force_terminal=terminal, width=140, legacy_windows=False, _environ={"TERM": "xterm"}
-    )
-    with TaskDisplay(config, task or Task("train", 2), StopSignals(), console) as display:
+@pytest.fixture(autouse=True)
+def no_dumb_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+
+
+def shown(
+    config: RunConfig,
+    *told: tuple[bytes, dict | None],
+    terminal: bool,
+    task: Task | None = None,
+    signals: StopSignals | None = None,
+) -> str:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=140)
+    with TaskDisplay(config, task or Task("train", 2), signals or StopSignals(), console) as display:
         for text, progress in told:
             display.text(text, progress)
     return console.file.getvalue()
@@ -48,6 +58,14 @@ def test_what_is_known_besides_is_shown_and_what_is_not_a_number_is_not(make_con
     record = RECORD | {"mfu": 0.4131, "device_memory_bytes": 80 << 30, "loss_nats_per_token": None, "skipped_steps": 3}
     text = shown(make_config(), (b"line", record), terminal=True)
     assert "41.3%" in text and "3.0/80.0 GiB" in text and "3 steps skipped" in text and "None" not in text
+
+
+def test_ctrl_c_is_answered_below_the_bars(make_config: Callable[..., RunConfig]) -> None:
+    signals = StopSignals()
+    signals.received = signal.SIGINT
+    text = shown(make_config(), (b"line", RECORD), terminal=True, signals=signals)
+    assert "stopping after this step to save; Ctrl-C again stops at once" in text and signals.announces
+    assert "stopping" not in shown(make_config(), (b"line", RECORD), terminal=True)
 
 
 @pytest.mark.parametrize(("terminal", "task"), [(False, Task("train", 2)), (True, Task("export"))])

@@ -224,3 +224,16 @@ def test_the_status_of_a_local_run_needs_no_slurm(
     shutil.copytree(prepared / "data", tmp_path / "run" / "data")
     assert [row.state for row in status_rows(config)][:2] == ["done", "not begun"]
     assert not (REPO_DIR / "slurm").exists()
+
+
+def test_a_part_of_the_curriculum_is_submitted_only_after_the_phases_before_it(
+    prepared: Path, tmp_path: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    shutil.copytree(prepared / "data", tmp_path / "run" / "data")
+    chosen = ("cluster=slurm", "cluster.gpus_per_node=0", "parallel.device=cpu", "cluster.dry_run=true")
+    with pytest.raises(UserError, match=r"phases=2-3: phase-01 is not done"):
+        run_stages(make_config(*chosen, f"run.dir={tmp_path / 'run'}", "stage=[data,train]", "phases=2-3"))
+    run_stages(make_config(*chosen, f"run.dir={tmp_path / 'run'}", "stage=train", "phases=1-2"))
+    scripts = {path.stem: path.read_text() for path in (tmp_path / "run" / "slurm").glob("*.sh")}
+    assert set(scripts) == {"phase-01", "phase-02"}
+    assert "--after" not in scripts["phase-01"] and scripts["phase-02"].endswith("phase-02 --after phase-01\n")

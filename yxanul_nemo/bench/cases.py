@@ -35,7 +35,7 @@ class Case:
 
 
 def bench_cases(config: RunConfig) -> list[Case]:
-    """Every combination that `bench` asks for, without repetitions.
+    """Every combination that `bench` asks for, without repetitions; `parallel.micro_batch_tokens` is a number here.
 
     Raises:
         UserError: a length that the model has no positions for, or that does not fit a micro-batch.

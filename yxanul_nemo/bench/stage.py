@@ -23,8 +23,9 @@ from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.counts import training_flops_per_token
-from yxanul_nemo.model.memory import GIB, MEASURED_VOCAB_SIZE
+from yxanul_nemo.model.memory import GIB, MEASURED_VOCAB_SIZE, with_micro_batch
 from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.training.micro_batch import gpu_memory_bytes
 from yxanul_nemo.training.phases import source_sizes
 
 KERNELS_SHOWN = 20
@@ -37,9 +38,10 @@ FILE_WIDTH = 150
 
 def run_bench_stage(config: RunConfig) -> bool:
     """Measure all cases; False if one of them could not run."""
-    cases = bench_cases(config)
     device = resolve_device(config.parallel)
     corpus = Corpus(config)
+    config = with_micro_batch(config, corpus.vocab_size, gpu_memory_bytes(device))
+    cases = bench_cases(config)
     logger.info("%d cases on %s, data: %s", len(cases), _device_name(device), corpus.description)
     peak = peak_flops_per_second(device)
     rows: list[dict[str, Any]] = []

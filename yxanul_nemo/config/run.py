@@ -72,10 +72,11 @@ class RunConfig(Section):
                 raise ValueError(
                     f"curriculum phase {number}: seq_len={phase.seq_len} is over model.max_position_embeddings={limit}"
                 )
-            if phase.seq_len > self.parallel.micro_batch_tokens:
+            most = self.parallel.micro_batch_tokens
+            if most != "auto" and phase.seq_len > most:
                 raise ValueError(
                     f"curriculum phase {number}: seq_len={phase.seq_len} is over parallel.micro_batch_tokens="
-                    f"{self.parallel.micro_batch_tokens}; a micro-batch must hold at least one window"
+                    f"{most}; a micro-batch must hold at least one window"
                 )
             _check_blend(f"curriculum phase {number}", phase.blend or self.curriculum.blend, self.data.source_names)
             _check_fp8_tokens(f"curriculum phase {number}", phase, self.precision)

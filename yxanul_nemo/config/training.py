@@ -1,6 +1,6 @@
 """`conf/optim`, `conf/precision`, `conf/parallel`: how the model is trained."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -83,8 +83,9 @@ class ParallelConfig(Section):
     """Ranks that share one copy of the matrices; at most `model.kv_groups`."""
     context_parallel: int = Field(default=1, ge=1)
     """Ranks that share one sequence."""
-    micro_batch_tokens: int = Field(default=32768, ge=1)
-    """Largest micro-batch per rank, in tokens; the windows of a step are spread over accumulated micro-batches of at most this size."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Largest micro-batch per rank, in tokens; the windows of a step are spread over accumulated micro-batches of at most this size.
+    `auto`: what fits into the GPU's memory, at most 65,536; 4,096 on a CPU. Either is halved where memory runs out."""
     layer_spec: Literal["auto", "torch", "te"] = "auto"
     """`te`: Megatron-core's Transformer Engine layers (GPU); `torch`: plain torch layers; `auto`: te where it can run."""
     op_fuser: bool = True

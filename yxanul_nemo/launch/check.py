@@ -12,6 +12,7 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
+from yxanul_nemo.model.memory import MOST_MICRO_BATCH_TOKENS
 from yxanul_nemo.runtime import check_precision, resolve_device, resolve_layer_spec, te_version
 
 PRECISIONS = ("fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8")
@@ -92,7 +93,7 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
         params = AttentionParams(
             qkv_dtype=dtype,
             qkv_layout="sbhd_sbhd_sbhd",
-            batch_size=max(1, config.parallel.micro_batch_tokens // seq_len),
+            batch_size=max(1, MOST_MICRO_BATCH_TOKENS // seq_len),
             num_heads=config.model.num_attention_heads,
             num_gqa_groups=config.model.kv_groups,
             max_seqlen_q=seq_len,

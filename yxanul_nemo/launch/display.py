@@ -51,6 +51,7 @@ class TaskDisplay:
     def __enter__(self) -> Self:
         if self._live is not None:
             self._live.start()
+            self._signals.announces = False
         return self
 
     def __exit__(
@@ -59,6 +60,7 @@ class TaskDisplay:
         if self._live is None:
             return
         self._live.stop()
+        self._signals.announces = True
         if self._record is not None:
             self._console.print(self._last_words(self._record), soft_wrap=True)
 

@@ -19,6 +19,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.announces = True
+        """Whether Ctrl-C is answered with a line; a display that draws over the terminal says it itself."""
         self._pids: set[int] = set()
 
     def __enter__(self) -> Self:
@@ -45,7 +47,7 @@ class StopSignals:
         self.received = signal.Signals(number)
         if not self._pids:
             raise Interrupted
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and self.announces:
             # Not print or logging: this may run in the middle of another write to the same stream.
             os.write(2, ASKED_TO_STOP)
         for pid in self._pids:

@@ -17,7 +17,7 @@ from yxanul_nemo.launch.processes import process_count, threads_per_process, wor
 from yxanul_nemo.launch.progress_made import PhaseDone, phases_done
 from yxanul_nemo.launch.scaling import RunAtScale, Simulator, gpu_counts
 from yxanul_nemo.model.counts import parameter_count, training_flops_per_token
-from yxanul_nemo.model.memory import forecast_memory_bytes
+from yxanul_nemo.model.memory import forecast_memory_bytes, with_micro_batch
 from yxanul_nemo.training.identity import expected_run
 from yxanul_nemo.training.phases import (
     Phase,
@@ -151,6 +151,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         expected = expected_run(config, manifest, phases)
         ledger.require_matches(expected, config.checkpoint.allow_mismatch, where=checkpoint.path)
     vocab_size, vocab_size_source = _vocab_size(config, manifest)
+    config = with_micro_batch(config, vocab_size, gpu.memory_bytes if gpu else None)
     text = _TextLength(config, manifest, sizes)
     done = phases_done(config.run.dir, ledger, phases)
     forecaster = _Forecaster(config, gpu, ranks, data_parallel, vocab_size, text, total_tokens(phases))

@@ -57,7 +57,7 @@ def show_status(config: RunConfig) -> None:
     console.print(_table(rows))
     for row in rows:
         if row.message and row.state not in ("done", "running"):
-            log = f"; log {log_path(config, Task.named(row.task), row.job_id)}" if row.job_id else ""
+            log = f"; log {log_path(config.run.dir, Task.named(row.task), row.job_id)}" if row.job_id else ""
             console.print(f"{row.task}: {row.message}{log}", soft_wrap=True, markup=False)
     broken = [row for row in rows if row.state not in ("done", "running", "waiting", "ending", "not begun")]
     if chain and broken and not any(row.state.startswith(("running", "queued", "waiting", "ending")) for row in rows):

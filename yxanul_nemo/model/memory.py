@@ -6,6 +6,7 @@ The peaks are those of `torch.cuda.max_memory_allocated` in `stage=bench` (BENCH
 import math
 
 from yxanul_nemo.config.model import ModelConfig
+from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.model.counts import parameter_count
@@ -63,23 +64,26 @@ def largest_micro_batch_tokens(
     return math.floor((memory_bytes - held) / per_token)
 
 
-def micro_batch_tokens(
-    model: ModelConfig,
-    vocab_size: int,
-    precision: PrecisionConfig,
-    parallel: ParallelConfig,
-    longest_seq_len: int,
-    memory_bytes: int | None,
-) -> int:
-    """Largest micro-batch in tokens: `parallel.micro_batch_tokens`, or with `auto` what fits into a GPU of `memory_bytes` (None: a CPU).
+def with_micro_batch(config: RunConfig, vocab_size: int, memory_bytes: int | None) -> RunConfig:
+    """The configuration with a number for `parallel.micro_batch_tokens`: with `auto` what fits into a GPU of `memory_bytes` (None: a CPU).
 
     Raises:
-        UserError: not one window of the longest sequence length fits.
+        UserError: not one window of the longest phase fits.
     """
-    if parallel.micro_batch_tokens != "auto":
-        return parallel.micro_batch_tokens
-    if memory_bytes is None:
-        return max(CPU_MICRO_BATCH_TOKENS, longest_seq_len)
+    if config.parallel.micro_batch_tokens != "auto":
+        return config
+    longest = max(phase.seq_len for phase in config.curriculum.phases)
+    tokens = (
+        max(CPU_MICRO_BATCH_TOKENS, longest)
+        if memory_bytes is None
+        else _fitting(config, vocab_size, longest, memory_bytes)
+    )
+    parallel = config.parallel.model_copy(update={"micro_batch_tokens": tokens})
+    return config.model_copy(update={"parallel": parallel})
+
+
+def _fitting(config: RunConfig, vocab_size: int, longest_seq_len: int, memory_bytes: int) -> int:
+    model, precision, parallel = config.model, config.precision, config.parallel
     vocab_rows = model.padded_vocab_size(vocab_size)
     fits = largest_micro_batch_tokens(model, vocab_rows, precision, parallel, COMFORTABLE_SHARE * memory_bytes)
     if fits < longest_seq_len:

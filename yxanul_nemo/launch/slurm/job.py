@@ -88,7 +88,7 @@ class RunningJob:
         print(
             f"error: {problem}\n"
             f"job {self.job_id} ({self.task.name} of {self.run_dir}) failed; Slurm cancels the jobs that wait for it.\n"
-            f"log:   {log_path(self._config(), self.task, self.job_id)}\n"
+            f"log:   {log_path(self.run_dir, self.task, self.job_id)}\n"
             f"go on: {again}",
             file=sys.stderr,
         )
@@ -97,12 +97,11 @@ class RunningJob:
     def stopped(self, stopped: Stopped) -> int:
         """After a stop on request: back into the queue, unless Slurm is ending the job for good; the exit code."""
         print(stopped, file=sys.stderr)
-        state = commands.states_of([self.job_id]).get(self.job_id)
-        if state is None or state.state != "RUNNING":
+        if self.config is None or not self._is_running():
             # Cancelled, over its limit, or preempted, after which Slurm itself requeues.
             self.note("stopped", str(stopped))
             return 1
-        config = self._config()
+        config = self.config
         if not config.cluster.requeue:
             return self.failed(f"{stopped} It was not requeued (cluster.requeue=false).", 1)
         note = self.note("requeued", str(stopped))
@@ -114,13 +113,21 @@ class RunningJob:
             )
         replace(note, progress=now, idle_restarts=idle).write(self.run_dir, self.task.name)
         logger.info("job %d goes back into the queue, to go on from what is saved", self.job_id)
-        sys.stderr.flush()
-        commands.requeue(self.job_id)
+        try:
+            commands.requeue(self.job_id)
+        except UserError as error:
+            return self.failed(f"{stopped} It could not be requeued: {error}", 1)
         # Slurm ends this process about now; should it come to its end before, that must not look like success.
         return 1
 
-    def _config(self) -> RunConfig:
-        return self.config or self.load()
+    def _is_running(self) -> bool:
+        """Whether Slurm still means the job to go on; not, if it cannot be asked."""
+        try:
+            state = commands.states_of([self.job_id]).get(self.job_id)
+        except UserError as error:
+            logger.warning("%s", error)
+            return False
+        return state is not None and state.state == "RUNNING"
 
 
 def progress(config: RunConfig, task: Task) -> int:

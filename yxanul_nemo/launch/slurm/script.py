@@ -20,9 +20,9 @@ def script_path(config: RunConfig, task: Task) -> Path:
     return config.run.dir / FOLDER / f"{task.name}.sh"
 
 
-def log_path(config: RunConfig, task: Task, job_id: int | str) -> Path:
+def log_path(run_dir: Path, task: Task, job_id: int | str) -> Path:
     """What a job prints, all of its restarts in one file."""
-    return config.run.dir.absolute() / FOLDER / f"{task.name}-{job_id}.out"
+    return run_dir.absolute() / FOLDER / f"{task.name}-{job_id}.out"
 
 
 def render(config: RunConfig, task: Task, after: Task | None) -> str:
@@ -68,7 +68,7 @@ def describe(config: RunConfig, task: Task) -> str:
 def options(config: RunConfig, task: Task) -> list[str]:
     """What a job asks of sbatch."""
     cluster = config.cluster
-    output = log_path(config, task, "\0")
+    output = log_path(config.run.dir, task, "\0")
     partition = cluster.data_partition or cluster.partition if task.kind == "data" else cluster.partition
     given = {
         "job-name": f"{config.run.name}/{task.name}",

@@ -23,6 +23,7 @@ from yxanul_nemo.launch.slurm.record import CONFIG_NAME, FOLDER, ChainRecord, Jo
 from yxanul_nemo.launch.slurm.script import log_path, render, script_path
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.model.memory import with_micro_batch
 from yxanul_nemo.training.phases import batch_layout, plan_phases
 
 FILE_WIDTH = 150
@@ -72,8 +73,10 @@ def check_cluster(config: RunConfig) -> None:
             f"parallel.context_parallel={parallel.context_parallel}",
             f"a number of processes that {model_ranks} divides",
         )
+    # Where the ranks' memory decides the micro-batch, any one tells whether a step can be shared.
+    most_tokens = with_micro_batch(config, vocab_size=1, memory_bytes=None).parallel.micro_batch_tokens
     for phase in phases:
-        batch_layout(phase, ranks // model_ranks, parallel.micro_batch_tokens, config.precision.token_multiple)
+        batch_layout(phase, ranks // model_ranks, most_tokens, config.precision.token_multiple)
     image = cluster.container.image
     if image is not None and image.startswith(("/", "./", "../")) and not Path(image).is_file():
         raise UserError("cluster.container.image", f"{image} does not exist", "a .sqsh file, or an image of a registry")
@@ -110,6 +113,18 @@ def missing_links(state: RunState) -> list[tuple[Task, Task | None]]:
     tasks = [data, *state.tasks] if "data" in state.stages else state.tasks
     missing = [data, *todo] if "data" in state.stages and not state.has_data else todo
     before = dict(zip(tasks[1:], tasks, strict=False))
+    first = next((task for task in missing if task.kind == "train"), None)
+    if first is not None and first.phase > 1:
+        # Of a part of the curriculum (phases=3-5); otherwise it is the phase before in this chain.
+        earlier = Task("train", first.phase - 1)
+        if before.get(first) != earlier and not state.is_done(earlier):
+            raise UserError(
+                f"phases={state.config.phases}",
+                f"{earlier.name} is not done",
+                f"the phases before {first.phase} to be trained",
+                f"Submit without phases=, or with phases=1-{len(state.config.curriculum.phases)}.",
+            )
+        before[first] = earlier
     return [(task, before.get(task)) for task in missing]
 
 
@@ -158,5 +173,5 @@ def submit_held(config: RunConfig, links: list[tuple[Task, Task | None]]) -> int
         jobs.append(Job(task.name, number, after))
         ChainRecord(command, submitted, jobs).write(config.run.dir)
         waits = "" if after is None else f" after {after}"
-        logger.info("job %d: %s%s, log %s", number, task.name, waits, log_path(config, task, number))
+        logger.info("job %d: %s%s, log %s", number, task.name, waits, log_path(config.run.dir, task, number))
     return jobs[0].job_id

@@ -13,7 +13,7 @@ import numpy as np
 import tokenizers
 
 from data_prep.superbpe import build_superbpe
-from data_prep.tokenizer_libraries import PROBES, Library, TokenizersLibrary, open_library, read_json
+from data_prep.tokenizer_libraries import LIBRARIES, PROBES, Library, TokenizersLibrary, open_library, read_json_object
 from data_prep.train_superbpe import train_bpe, train_superbpe
 from yxanul_nemo.config.data import TokenizerConfig
 from yxanul_nemo.errors import UserError
@@ -22,6 +22,15 @@ from yxanul_nemo.log import logger
 
 RECORD_FILE = "fingerprint.json"
 """Written into a saved folder: the fingerprint, the special tokens, and what the tokenizer was built from."""
+RECORD_TYPES = {
+    "fingerprint": str,
+    "eos_token": str,
+    "pad_token": str | None,
+    "settings": dict,
+    "source": dict,
+}
+"""What the record of a tokenizer that was built for a run holds at least."""
+FIX_RECORD = "Copy the folder again, or build it again with stage=data in a new run.dir."
 JSON_AND_TEXT_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -65,8 +74,7 @@ class Tokenizer:
         path = Path(path)
         named = _named_specials(path)
         eos_token = eos_token or named.get("eos_token")
-        saved = read_json(path / RECORD_FILE) if (path / RECORD_FILE).exists() else {}
-        library = open_library(path, saved.get("library"))
+        library = open_library(path, _recorded_library(path / RECORD_FILE))
         if eos_token is None:
             raise UserError(path, "does not say which token ends a document", "eos_token", "Set tokenizer.eos_token.")
         return cls(library, eos_token, pad_token or named.get("pad_token"), path)
@@ -150,6 +158,16 @@ def _token_id(library: Library, token: str, key: str, source: object) -> int:
     return number
 
 
+def _recorded_library(record: Path) -> str | None:
+    """The library that a saved folder's record names; None where there is no record."""
+    if not record.exists():
+        return None
+    named = read_json_object(record, "the record of this tokenizer").get("library")
+    if named not in LIBRARIES:
+        raise UserError(record, f"names the library {named!r}", " or ".join(LIBRARIES), FIX_RECORD)
+    return named
+
+
 def _named_specials(path: Path) -> dict[str, str]:
     """eos_token and pad_token as the files beside a tokenizer name them; the map wins over the config."""
     named: dict[str, str] = {}
@@ -157,7 +175,7 @@ def _named_specials(path: Path) -> dict[str, str]:
         for file in ("tokenizer_config.json", "special_tokens_map.json"):
             if not (path / file).exists():
                 continue
-            for key, value in read_json(path / file).items():
+            for key, value in read_json_object(path / file).items():
                 content = value.get("content") if isinstance(value, dict) else value
                 if key in ("eos_token", "pad_token") and isinstance(content, str):
                     named[key] = content
@@ -233,11 +251,8 @@ def _reuse(config: TokenizerConfig, folder: Path) -> Tokenizer:
     fix = "Give another run.dir, or remove this folder to build it again."
     if not (folder / RECORD_FILE).exists():
         raise UserError(folder, f"holds files but no {RECORD_FILE}", "a tokenizer of this project, or nothing", fix)
-    record = read_json(folder / RECORD_FILE, "the record of this tokenizer", fix)
-    if (
-        not isinstance(record, dict)
-        or not {"fingerprint", "eos_token", "pad_token", "settings", "source"} <= record.keys()
-    ):
+    record = read_json_object(folder / RECORD_FILE, "the record of this tokenizer", fix)
+    if any(key not in record or not isinstance(record[key], kinds) for key, kinds in RECORD_TYPES.items()):
         raise UserError(folder / RECORD_FILE, "is not the record of a tokenizer built for a run", "", fix)
     asked = _settings(config)
     # A setting that came after this tokenizer was built has the value under which it was built.

@@ -38,8 +38,18 @@ def read_json(path: Path, expected: str = "", fix: str = "") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(path, "no such file", expected, fix) from None
-    except ValueError as error:
+    except OSError as error:
+        raise UserError(path, f"cannot be read ({error.strerror})", expected, fix) from None
+    except (ValueError, RecursionError) as error:
         raise UserError(path, f"not valid JSON ({error})", expected, "Make, copy or download the file again.") from None
+
+
+def read_json_object(path: Path, expected: str = "", fix: str = "") -> dict[str, Any]:
+    """`read_json` of a file that must hold an object."""
+    value = read_json(path, expected, fix)
+    if not isinstance(value, dict):
+        raise UserError(path, f"holds a JSON {type(value).__name__}", expected or "a JSON object", fix)
+    return value
 
 
 class Library(Protocol):
@@ -82,7 +92,7 @@ class TokenizersLibrary:
         self._tokenizer = tokenizer
         self._encoded_chars = 0
         self._bulk_encoder: SuperwordEncoder | None = None
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @classmethod
     def load(cls, path: Path) -> "TokenizersLibrary":
@@ -187,6 +197,10 @@ class SentencePieceLibrary:
         if different:
             logger.warning("transformers gives other ids than sentencepiece for some text, such as %r", different[0])
         converted.write(folder)
+
+
+LIBRARIES = (TokenizersLibrary.name, SentencePieceLibrary.name)
+"""Names of what a tokenizer may be made with."""
 
 
 def open_library(path: Path, wanted: str | None = None) -> Library:

@@ -22,6 +22,10 @@ class UserError(ValueError):
         message = "; ".join(parts) + "."
         super().__init__(f"{message} {fix}".strip())
 
+    def __reduce__(self) -> tuple:
+        """Pickled with its parts and not with its message, so that it comes whole out of another process."""
+        return UserError, (self.where, self.problem, self.expected, self.fix)
+
 
 def close_name(name: str, valid: Iterable[str]) -> str | None:
     """The valid name closest to `name`, or None if none is close."""

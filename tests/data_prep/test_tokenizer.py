@@ -338,6 +338,44 @@ def test_damage_is_noticed(superbpe_folder, tmp_path):
         build_tokenizer(superbpe_config(), folder, never)
 
 
+DAMAGED_JSON = [
+    b"", b"{", b"null", b"[]", b"7", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"library": "pickle"}', b'{"library": 7}',
+    b'{"library": ["tokenizers"]}', b"{}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("raw", DAMAGED_JSON)
+def test_a_damaged_record_is_named(superbpe_folder, tmp_path, raw):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(superbpe_folder, folder)
+    (folder / "fingerprint.json").write_bytes(raw)
+    with pytest.raises(UserError, match=r"fingerprint\.json: "):
+        Tokenizer.load(folder)
+    with pytest.raises(UserError, match=r"fingerprint\.json: "):
+        build_tokenizer(superbpe_config(), folder, never)
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "eos_token", "pad_token", "settings", "source"])
+@pytest.mark.parametrize("value", [7, [7], [["x", 1]]])
+def test_a_record_with_a_value_of_another_type_is_named(superbpe_folder, tmp_path, key, value):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(superbpe_folder, folder)
+    record = json.loads((folder / "fingerprint.json").read_text(encoding="utf-8"))
+    (folder / "fingerprint.json").write_text(json.dumps(record | {key: value}))
+    with pytest.raises(UserError, match=r"fingerprint\.json: is not the record"):
+        build_tokenizer(superbpe_config(), folder, never)
+
+
+@pytest.mark.parametrize("name", ["special_tokens_map.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("raw", DAMAGED_JSON[:8])
+def test_damaged_files_beside_a_tokenizer_are_named(superbpe_folder, tmp_path, name, raw):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(superbpe_folder, folder)
+    (folder / name).write_bytes(raw)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        Tokenizer.load(folder)
+
+
 def test_a_folder_with_other_things_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"holds files but no fingerprint\.json"):

@@ -36,8 +36,7 @@ class Runs:
         self.stdin, feed = os.pipe()
         os.write(feed, TYPED_AHEAD)
         os.close(feed)
-        stop_at = draw.choice((2048, 4096))
-        self.stopped = self._launch(self.stopped_dir, "stopped.txt", "stage=train", stop_at, stdin=self.stdin)
+        self.stopped = self._launch(self.stopped_dir, "stopped.txt", "stage=train", 2048, stdin=self.stdin)
         self.killed = self._launch(self.run_dir, "killed.txt", "stage=all", draw.choice((2048, 6144, 10240, 12288)))
 
     def ctrl_c(self) -> None:

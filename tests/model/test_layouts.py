@@ -8,7 +8,8 @@ import pytest
 from tests.model.layouts import logits_and_gradients, train
 from tests.ranks import run_ranks
 
-LAYOUTS = {"one": (1, 1), "data_2": (2, 1), "tensor_2": (2, 2)}
+LAYOUTS = {"one": (1, 1), "data_2": (2, 1), "tensor_2": (2, 2), "data_4": (4, 1), "data_2_tensor_2": (4, 2)}
+SAVED = ("one", "data_2", "tensor_2", "data_2_tensor_2")
 
 
 @pytest.fixture(scope="module")
@@ -18,17 +19,28 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def records(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    return {name: run_ranks(train, ranks, tp, None, folder / name)[0] for name, (ranks, tp) in LAYOUTS.items()}
+    return {name: run_ranks(train, *LAYOUTS[name], None, folder / name)[0] for name in SAVED}
 
 
-@pytest.mark.parametrize("layout", ["data_2", "tensor_2"])
+@pytest.mark.parametrize("layout", SAVED[1:])
 def test_losses_and_gradient_norms_equal_those_of_one_process(records: dict, layout: str) -> None:
     for (loss, norm), (expected_loss, expected_norm) in zip(records[layout], records["one"], strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert norm == pytest.approx(expected_norm, rel=1e-5)
 
 
-@pytest.mark.parametrize(("source", "target"), [("tensor_2", "one"), ("one", "tensor_2"), ("data_2", "tensor_2")])
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("tensor_2", "one"),
+        ("one", "tensor_2"),
+        ("data_2", "tensor_2"),
+        ("data_2", "one"),
+        ("data_2", "data_4"),
+        ("tensor_2", "data_4"),
+        ("data_2_tensor_2", "data_2"),
+    ],
+)
 def test_training_goes_on_in_another_layout(records: dict, folder: Path, source: str, target: str) -> None:
     ranks, tensor_parallel = LAYOUTS[target]
     expected = run_ranks(train, 1, 1, folder / "one", None)[0]

@@ -7,6 +7,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import CodeType
@@ -83,6 +84,19 @@ def train_and_signal_in_validation(config: RunConfig, phases: Sequence[int]) -> 
     return train(config, phases)
 
 
+def train_alone(config: RunConfig, phases: Sequence[int], began: Any) -> None:
+    """`train` as a process that a test kills: sets the event when it begins, prints nothing, ends with 0 when all is done."""
+    import torch
+
+    environment = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    began.set()
+    assert all(train(config, phases))
+    os._exit(0)
+
+
 def train_and_count(config: RunConfig, phases: Sequence[int]) -> dict[str, dict[int, int]]:
     """`train`; how many lines of the project each piece of each kind of work took, by the tokens it leads to."""
     lines: dict[str, dict[int, int]] = {work: {} for work in WORK}
@@ -110,8 +124,8 @@ def train_and_die(config: RunConfig, phases: Sequence[int], work: str, tokens: i
     train(config, phases)
 
 
-WORK = ("step", "save", "validation")
-"""Kinds of work that kills are aimed at."""
+WORK = ("step", "snapshot", "save", "validation")
+"""Kinds of work that kills are aimed at; a save runs in a thread beside the others."""
 
 
 def _on_each_line(act: Callable[[str, int, str], None]) -> None:
@@ -120,26 +134,27 @@ def _on_each_line(act: Callable[[str, int, str], None]) -> None:
     Its tokens are those of the run that it leads to.
     """
     from yxanul_nemo.training.module import PhaseModule
+    from yxanul_nemo.training.saving import CheckpointSaver
     from yxanul_nemo.training.session import PhaseSession
 
-    at: tuple[str, int] | None = None
+    now = threading.local()
 
     def watch(work: str, owner: type, name: str, tokens_of: Callable[..., int]) -> None:
         method = getattr(owner, name)
 
-        def watched(self: object, *arguments: object) -> object:
-            nonlocal at
-            at = work, tokens_of(self, *arguments)
+        def watched(self: object, *arguments: object, **named: object) -> object:
+            now.at = work, tokens_of(self, *arguments, **named)
             try:
-                return method(self, *arguments)
+                return method(self, *arguments, **named)
             finally:
-                at = None
+                now.at = None
 
         setattr(owner, name, watched)
 
     watch("step", PhaseModule, "training_step", lambda module, *_: module.tokens_total + module.phase.tokens_per_step)
-    watch("save", PhaseSession, "_save", lambda session, module, finished: module.tokens_total)
-    watch("validation", PhaseSession, "_validate", lambda session: session.checkpoint.tokens)
+    watch("snapshot", CheckpointSaver, "start", lambda saver, ledger, **_: ledger.tokens_total)
+    watch("save", CheckpointSaver, "_run", lambda saver, save: save.ledger.tokens_total)
+    watch("validation", PhaseSession, "_validate", lambda session, _: session.phase.first_token + session.phase.tokens)
     monitoring, tool = sys.monitoring, sys.monitoring.DEBUGGER_ID
 
     def on_start(code: CodeType, offset: int) -> object:
@@ -148,7 +163,7 @@ def _on_each_line(act: Callable[[str, int, str], None]) -> None:
         return monitoring.DISABLE
 
     def on_line(code: CodeType, line: int) -> None:
-        if at is not None:
+        if (at := getattr(now, "at", None)) is not None:
             act(*at, f"{code.co_filename}:{line} {code.co_name}")
 
     monitoring.use_tool_id(tool, "faults")
@@ -193,16 +208,100 @@ def train_with_bad_gradients(config: RunConfig, phases: Sequence[int], bad_steps
     return refusals([config], phases)[0]
 
 
+def train_and_draw(config: RunConfig, phases: Sequence[int], stop_at_tokens: int = 0) -> list[float]:
+    """`train`, with a random number drawn from torch's generator in each step, to a stop if tokens for one are given."""
+    import torch
+
+    from yxanul_nemo.training.module import PhaseModule
+
+    drawn: list[float] = []
+    step = PhaseModule.training_step
+
+    def step_and_draw(module: PhaseModule, batch: tuple, batch_index: int) -> None:
+        step(module, batch, batch_index)
+        drawn.append(float(torch.rand(1)))
+        if module.tokens_total == stop_at_tokens:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    PhaseModule.training_step = step_and_draw
+    train(config, phases)
+    return drawn
+
+
+def train_with_spikes(config: RunConfig, phases: Sequence[int], spikes: Sequence[int], stop_after: int = 0) -> None:
+    """`train`, with much larger gradients in those steps of this process, from 0; stopped after so many steps, 0: never."""
+    from yxanul_nemo.training.cpu_backend import CpuBackend
+
+    steps = 0
+    reduce = CpuBackend._sum_over_data_ranks
+
+    def reduce_and_enlarge(backend: CpuBackend) -> None:
+        nonlocal steps
+        reduce(backend)
+        if steps in spikes:
+            for param in backend.optimizer.params:
+                param.grad.mul_(1e4)
+        steps += 1
+        if steps == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    CpuBackend._sum_over_data_ranks = reduce_and_enlarge
+    train(config, phases)
+
+
+def train_and_hang(config: RunConfig, phases: Sequence[int], tokens: int, rank: int, logs: Path) -> None:
+    """`train`, with a step of one rank that never ends; what each rank prints goes into a file."""
+    from yxanul_nemo.log import configure_logging
+    from yxanul_nemo.training.module import PhaseModule
+
+    os.dup2(os.open(logs / os.environ["RANK"], os.O_WRONLY | os.O_CREAT), 2)
+    configure_logging()
+    step = PhaseModule.training_step
+
+    def step_and_hang(module: PhaseModule, batch: tuple, batch_index: int) -> None:
+        if module.tokens_total == tokens and int(os.environ["RANK"]) == rank:
+            threading.Event().wait()
+        step(module, batch, batch_index)
+
+    PhaseModule.training_step = step_and_hang
+    train(config, phases)
+
+
+def train_ahead_of_a_save(config: RunConfig, phases: Sequence[int], tokens: int, steps: int) -> int:
+    """`train`, with the save at `tokens` not written before that many more steps are done; how many really were."""
+    from yxanul_nemo.checkpoint.snapshot import HostSnapshot
+    from yxanul_nemo.training.module import PhaseModule
+
+    ahead, done = threading.Event(), 0
+    write, step = HostSnapshot.write, PhaseModule.training_step
+
+    def write_later(snapshot: HostSnapshot, folder: Path, rank: int) -> None:
+        if f"tokens_{tokens:015d}" in folder.name:
+            assert ahead.wait(60), "training waits for the save"
+        write(snapshot, folder, rank)
+
+    def step_and_count(module: PhaseModule, batch: tuple, batch_index: int) -> None:
+        nonlocal done
+        step(module, batch, batch_index)
+        done += module.tokens_total > tokens and not ahead.is_set()
+        if done == steps:
+            ahead.set()
+
+    HostSnapshot.write, PhaseModule.training_step = write_later, step_and_count
+    train(config, phases)
+    return done
+
+
 def train_on_a_full_disk(config: RunConfig, phases: Sequence[int], tokens: int, rank: int) -> str:
     """`train`, with no room for what one rank writes at `tokens`; the user's error."""
-    from yxanul_nemo.training import session
+    from yxanul_nemo.checkpoint.snapshot import HostSnapshot
 
-    save = session.save_shards
+    write = HostSnapshot.write
 
-    def save_without_room(state: object, folder: Path, number: int) -> None:
+    def write_without_room(snapshot: HostSnapshot, folder: Path, number: int) -> None:
         if number == rank and f"tokens_{tokens:015d}" in folder.name:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8, resource.RLIM_INFINITY))
-        save(state, folder, number)
+        write(snapshot, folder, number)
 
-    session.save_shards = save_without_room
+    HostSnapshot.write = write_without_room
     return refusals([config], phases)[0]

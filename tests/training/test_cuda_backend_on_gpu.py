@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
+from yxanul_nemo.checkpoint.snapshot import HostSnapshot
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.fp8_state import forget_fp8_state, scaling_tensors
+from yxanul_nemo.model.sharding import sharded_tensors
 
 pytestmark = pytest.mark.gpu
 
@@ -142,3 +144,50 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert not bool(result.applied)
     for main, old in zip(made.optimizer.mains, before, strict=True):
         assert torch.equal(main, old)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
+def test_a_snapshot_is_of_its_moment_whatever_is_trained_since(tmp_path: Path, precision: str) -> None:
+    made = backend(config(f"precision={precision}"))
+    snapshot = HostSnapshot(made.sharded_state())
+    losses(made, range(5))
+    for repeat in range(2):
+        # Steps are queued behind one another; the copy must be of the last of them.
+        losses(made, range(5 + repeat, 6 + repeat))
+        snapshot.take(made.sharded_state())
+        expected = {
+            s.key + str(s.global_offset): s.data.detach().clone() for s in sharded_tensors(made.sharded_state())
+        }
+        losses(made, range(10, 12))
+        (folder := tmp_path / str(repeat)).mkdir()
+        snapshot.write(folder, 0)
+        ShardReader(folder).load_into(made.sharded_state())
+        for shard in sharded_tensors(made.sharded_state()):
+            assert torch.equal(shard.data, expected[shard.key + str(shard.global_offset)]), shard.key
+        made.after_load()
+
+
+@pytest.mark.parametrize("graph", ["true", "false"])
+def test_a_spike_changes_nothing_and_is_remembered(graph: str) -> None:
+    guards = ("guards.spike_sigma=6", "guards.spike_window_steps=16")
+    made = backend(config("precision=bf16", f"parallel.cuda_graph={graph}", *guards))
+    losses(made, range(100))
+    before, seen = [main.clone() for main in made.optimizer.mains], int(made.guard.count)
+    ids = torch.randint(0, VOCAB, (2, 16, 128), device="cuda")
+    result = made.train_step(ids, ids.flip(-1), 1e-3, 1.0)
+    assert not bool(result.applied) and seen == 100 and int(made.guard.count) == 101
+    assert float(result.loss) == pytest.approx(float(made.guard.history_2W[0, 100 % 16]))
+    for main, old in zip(made.optimizer.mains, before, strict=True):
+        assert torch.equal(main, old)
+    ids, labels = structured(101)
+    assert bool(made.train_step(ids.cuda(), labels.cuda(), 1e-3, 1.0).applied)
+
+
+def test_random_states_of_a_gpu_come_back() -> None:
+    from yxanul_nemo.training.random_state import restore_random_state, sharded_random_state
+
+    losses(backend(config("precision=bf16")), range(2))
+    states = sharded_random_state("cuda")
+    drawn = torch.rand(8, device="cuda"), torch.rand(8)
+    restore_random_state(states, "cuda")
+    assert torch.equal(torch.rand(8, device="cuda"), drawn[0]) and torch.equal(torch.rand(8), drawn[1])

@@ -27,8 +27,8 @@ def records_of(devices_peak: float | None, speeds: list[float]) -> tuple[list[di
             "tokens_per_second": speed, "model_flops_per_second": speed * 20.0,
         }  # fmt: skip
         module = SimpleNamespace(
-            meter=SimpleNamespace(record=lambda figures=figures: dict(figures)), phase=phases[1], steps_done=steps,
-            last_lr=1e-3, tokens_total=1000 + steps * 100,
+            meter=SimpleNamespace(record=lambda figures=figures: dict(figures), skipped_updates=[]),
+            phase=phases[1], steps_done=steps, last_lr=1e-3, tokens_total=1000 + steps * 100,
         )  # fmt: skip
         recorder.record([sink], module)
     return logged, shown

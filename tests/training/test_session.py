@@ -1,12 +1,9 @@
-"""Whole phases in processes of their own: nothing lost or repeated by stops, kills, damage and changes of layout."""
+"""Whole phases in processes of their own: nothing lost or repeated by stops and changes of layout."""
 
 import json
-import random
-import re
 import shutil
 import signal
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,46 +13,26 @@ from data_prep.manifest import load_manifest
 from data_prep.prepare import run_data_stage
 from tests.ranks import run_ranks
 from tests.training import sessions
-from yxanul_nemo.checkpoint.ledger import Ledger
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from tests.training.runs import (
+    PHASES,
+    STEPS,
+    TOTAL,
+    WEIGHTS,
+    MakeRun,
+    assert_equal_runs,
+    assert_matches,
+    assert_records_cover_each_step,
+    ledger,
+    newest,
+    records,
+    state,
+)
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import Blend, normalized_shares
 from yxanul_nemo.training.phases import plan_phases, total_tokens
 from yxanul_nemo.training.schedule import learning_rate
 from yxanul_nemo.validation.record import phase_result_path
-
-PHASES = (1, 2, 3)
-TOTAL = 18432
-STEPS = 22
-WEIGHTS = "rank_00000.safetensors"
-
-MakeRun = Callable[..., RunConfig]
-
-
-@pytest.fixture(scope="module")
-def make_run(prepared: Path, make_config: MakeRun, tmp_path_factory: pytest.TempPathFactory) -> MakeRun:
-    """A new run's folder with data and tokenizer in it. Records do not fall on the same steps as checkpoints."""
-
-    def make(*overrides: str) -> RunConfig:
-        folder = tmp_path_factory.mktemp("run")
-        for part in ("data", "tokenizer"):
-            shutil.copytree(prepared / part, folder / part)
-        return make_config(f"run.dir={folder}", "logging.every_steps=3", *overrides)
-
-    return make
-
-
-@pytest.fixture(scope="module")
-def counted(make_run: MakeRun) -> tuple[RunConfig, dict[str, dict[int, int]]]:
-    """A run that was never disturbed, and the lines that its pieces of work took."""
-    config = make_run()
-    return config, run_ranks(sessions.train_and_count, 1, config, PHASES)[0]
-
-
-@pytest.fixture(scope="module")
-def straight(counted: tuple[RunConfig, dict]) -> RunConfig:
-    """A run that was never disturbed."""
-    return counted[0]
 
 
 def changed(config: RunConfig, make_config: MakeRun, *overrides: str) -> RunConfig:
@@ -63,62 +40,41 @@ def changed(config: RunConfig, make_config: MakeRun, *overrides: str) -> RunConf
     return make_config(f"run.dir={config.run.dir}", "logging.every_steps=3", *overrides)
 
 
-def newest(config: RunConfig) -> Checkpoint:
-    return CheckpointStore(config.run.dir / "checkpoints").list()[-1]
-
-
-def ledger(config: RunConfig) -> Ledger:
-    return newest(config).read_ledger()
-
-
-def state(config: RunConfig) -> tuple[bytes, str]:
-    """All tensors of the newest checkpoint, weights and optimizer, and its ledger."""
-    path = newest(config).path
-    return (path / WEIGHTS).read_bytes(), (path / "ledger.json").read_text()
-
-
-def records(config: RunConfig) -> list[dict]:
-    return [json.loads(line) for line in (config.run.dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def assert_equal_runs(config: RunConfig, straight: RunConfig) -> None:
-    """Same tokens, same bits, same validation, and records about each step once."""
-    assert newest(config).tokens == newest(straight).tokens == TOTAL
-    (tensors, text), (expected_tensors, expected_text) = state(config), state(straight)
-    assert text == expected_text
-    assert tensors == expected_tensors
-    for number in PHASES:
-        results = [json.loads(phase_result_path(run.run.dir, number).read_text()) for run in (config, straight)]
-        assert results[0]["domains"] == results[1]["domains"]
-    best = [json.loads((run.run.dir / "checkpoints" / "best").read_text()) for run in (config, straight)]
-    assert best[0]["checkpoint"] == best[1]["checkpoint"]
-    assert_records_cover_each_step(config)
-
-
-def assert_records_cover_each_step(config: RunConfig) -> None:
-    seen = records(config)
-    assert sum(record["steps"] for record in seen) == STEPS
-    totals = [record["tokens_total"] for record in seen]
-    assert totals == sorted(set(totals)) and totals[-1] == TOTAL
-    tokens_per_step = {phase.number: phase.tokens_per_step for phase in plan_phases(config.curriculum)}
-    assert np.diff([0, *totals]).tolist() == [r["steps"] * tokens_per_step[r["phase"]] for r in seen]
-
-
-@pytest.mark.parametrize(("work", "kills", "seed"), [("save", 5, 1), ("step", 5, 2), ("validation", 3, 3)])
-def test_kills_at_random_lines_change_nothing(
-    make_run: MakeRun, counted: tuple[RunConfig, dict], tmp_path: Path, work: str, kills: int, seed: int
+def test_training_goes_on_while_a_save_is_written_and_does_not_change_it(
+    make_run: MakeRun, straight: RunConfig
 ) -> None:
-    straight, lines = counted[0], counted[1][work]
-    config, draw = make_run(), random.Random(seed)
-    for number, tokens in enumerate(sorted(draw.sample(sorted(lines), kills))):
-        note = tmp_path / f"{number}"
-        with pytest.raises(AssertionError, match="ended with exit code"):
-            # Lines vary a little with what an earlier kill has left.
-            line = draw.randrange(1, lines[tokens] * 9 // 10)
-            run_ranks(sessions.train_and_die, 1, config, PHASES, work, tokens, line, note)
-        assert note.is_file(), "it ended for another reason"
-    run_ranks(sessions.train, 1, config, PHASES)
-    assert_equal_runs(config, straight)
+    """The save at 2048 tokens is written when three more steps are done; a save that training waits for is the same."""
+    ahead, blocking = (
+        make_run("checkpoint.keep_latest=9"),
+        make_run("checkpoint.keep_latest=9", "checkpoint.asynchronous=false"),
+    )
+    assert run_ranks(sessions.train_ahead_of_a_save, 1, ahead, PHASES, 2048, 3) == [3]
+    run_ranks(sessions.train, 1, blocking, PHASES)
+    for config in (ahead, blocking):
+        assert_equal_runs(config, straight)
+    saved = [CheckpointStore(config.run.dir / "checkpoints").list() for config in (ahead, blocking)]
+    assert [c.tokens for c in saved[0]] == [c.tokens for c in saved[1]] and saved[0][0].tokens == 2048
+    for one, other in zip(*saved, strict=True):
+        assert one.manifest.files[WEIGHTS] == other.manifest.files[WEIGHTS], one.tokens
+        assert one.manifest.files["ledger.json"] == other.manifest.files["ledger.json"], one.tokens
+    # The last save of a phase ends after its last record.
+    assert any(record["save_seconds"] > 0 for record in records(ahead))
+    assert any(record["save_wait_seconds"] > 0 for record in records(ahead))
+
+
+def test_what_draws_random_numbers_in_a_step_goes_on_where_it_stood(make_run: MakeRun) -> None:
+    """As dropout would; the draws are also those of the step's number on a second rank, which has states of its own."""
+    for ranks in (1, 2):
+        through, stopped = make_run(), make_run()
+        expected = run_ranks(sessions.train_and_draw, ranks, through, PHASES)
+        drawn = [[] for _ in range(ranks)]
+        for tokens in (2560, 7168, 0):
+            for all_drawn, more in zip(
+                drawn, run_ranks(sessions.train_and_draw, ranks, stopped, PHASES, tokens), strict=True
+            ):
+                all_drawn += more
+        assert drawn == expected
+        assert len(expected[0]) == len(set(expected[0])) == STEPS
 
 
 def test_stops_by_signals_are_saved_and_change_nothing(make_run: MakeRun, straight: RunConfig) -> None:
@@ -164,21 +120,6 @@ def test_a_phase_whose_validation_was_lost_is_validated_later(make_run: MakeRun,
     assert run_ranks(sessions.train, 1, config, PHASES) == [[True] * 3]
     assert json.loads(result.read_text()) == expected
     assert_equal_runs(config, straight)
-
-
-def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(make_run: MakeRun, straight: RunConfig) -> None:
-    """One bit flipped at the end of a phase, and one in the middle of another."""
-    config = make_run()
-    for tokens in (4096, 14336):
-        run_ranks(sessions.train_until, 1, config, PHASES, tokens, signal.SIGTERM)
-        assert newest(config).tokens == tokens
-        path = newest(config).path / WEIGHTS
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    run_ranks(sessions.train, 1, config, PHASES)
-    assert_equal_runs(config, straight)
-    assert len(list((config.run.dir / "checkpoints").glob("*.bad-1"))) == 2
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -309,23 +250,6 @@ def test_a_phase_out_of_turn_is_refused(make_run: MakeRun) -> None:
     assert_matches(run_ranks(sessions.refusals, 1, [config], [2])[0][0], "phases=2: the run stands in phase 0")
 
 
-@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 1)])
-def test_a_full_disk_is_told_by_all_ranks_and_leaves_nothing_half_written(
-    make_run: MakeRun, straight: RunConfig, ranks: int, rank: int
-) -> None:
-    """No file may grow over 8 bytes in the second save; afterwards there is room again."""
-    config = make_run()
-    errors = run_ranks(sessions.train_on_a_full_disk, ranks, config, PHASES, 4096, rank)
-    for error in errors:
-        assert_matches(error, "checkpoints: saving a checkpoint failed.*File too large")
-    assert newest(config).tokens == 2048
-    assert not list((config.run.dir / "checkpoints").glob(".tmp*"))
-    run_ranks(sessions.train, 1, config, PHASES)
-    assert newest(config).tokens == TOTAL
-    if ranks == 1:
-        assert_equal_runs(config, straight)
-
-
 def test_records_say_what_was_applied(straight: RunConfig) -> None:
     phases = {phase.number: phase for phase in plan_phases(straight.curriculum)}
     total = total_tokens(list(phases.values()))
@@ -336,27 +260,3 @@ def test_records_say_what_was_applied(straight: RunConfig) -> None:
         assert (record["seq_len"], record["grad_clip"]) == (phase.seq_len, phase.grad_clip)
         assert record["grad_norm"] > 0 and record["tokens_per_second"] > 0 and record["skipped_steps"] == 0
     assert_records_cover_each_step(straight)
-
-
-def test_gradients_that_are_not_finite_are_skipped_and_counted(make_run: MakeRun) -> None:
-    config = make_run("logging.every_steps=1")
-    assert run_ranks(sessions.train_with_bad_gradients, 1, config, PHASES, [2, 3, 10]) == [""]
-    assert ledger(config).skipped_steps == 3 and ledger(config).steps_total == STEPS
-    assert [i for i, record in enumerate(records(config)) if record["skipped_steps"]] == [2, 3, 10]
-    assert [r["loss_nats_per_token"] is None for r in records(config)[:4]] == [False, False, True, True]
-    from safetensors.numpy import load_file
-
-    tensors = load_file(newest(config).path / WEIGHTS)
-    assert tensors["optimizer.step@0"] == STEPS - 3
-    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
-
-
-def test_twenty_bad_gradients_in_a_row_end_the_run(make_run: MakeRun) -> None:
-    config = make_run("curriculum.phases.0.tokens=16384", "logging.every_steps=2")
-    error = run_ranks(sessions.train_with_bad_gradients, 1, config, [1], range(6, 32))[0]
-    assert_matches(error, r"phase 1: the gradient was not finite in 20 steps in a row \(windows 192-831 of the phase\)")
-    assert ledger(config).tokens_total < 26 * 512
-
-
-def assert_matches(text: str, pattern: str) -> None:
-    assert re.search(pattern, text, re.DOTALL), text

@@ -35,6 +35,10 @@ class CorruptCheckpoint(UserError):
         self.directory, self.file, self.why = directory, file, why
         super().__init__(directory / file, why, fix="Use another checkpoint, or restore this one from a copy.")
 
+    def __reduce__(self) -> tuple:
+        """See `UserError`."""
+        return CorruptCheckpoint, (self.directory, self.file, self.why)
+
 
 def _canonical_path(path: str) -> str:
     parts = PurePosixPath(path).parts

@@ -5,21 +5,35 @@ sharding descriptions (`ShardedTensor`: key, global shape, offset) say what a ra
 change between save and load. Nothing is pickled (Megatron's torch_dist format keeps its metadata in a pickle).
 """
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from yxanul_nemo.checkpoint.snapshot import HEADER_KEY, HostSnapshot
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.log import logger
 from yxanul_nemo.model.sharding import block_shape, sharded_tensors
 
-HEADER_KEY = "pieces"
+DISPENSABLE = ("fp8.", "guard.", "rng.")
+"""Beginnings of the names of state that a run can begin anew where its checkpoint has none, because it is new to the run: scales
+of FP8 after another precision, the history of a guard that was off, random states of another layout."""
+
+
+class _Place(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    offset: list[Annotated[int, Field(ge=0)]]
+    global_shape: list[Annotated[int, Field(ge=0)]]
+
+
+_HEADER = TypeAdapter(dict[str, _Place])
 
 
 @dataclass(frozen=True)
@@ -34,19 +48,10 @@ class Piece:
 
 
 def save_shards(state: Any, folder: Path, rank: int) -> None:
-    """Write the pieces that this rank owns (its main replicas) to `folder/rank_<rank>.safetensors`."""
-    tensors: dict[str, Tensor] = {}
-    header: dict[str, dict[str, list[int]]] = {}
-    for shard in sharded_tensors(state):
-        if not is_main_replica(shard.replica_id):
-            continue
-        name = f"{shard.key}@{','.join(map(str, shard.global_offset))}"
-        assert name not in tensors, f"two pieces are called {name}"
-        tensors[name] = (
-            shard.data.detach().reshape(block_shape(shard)).cpu().clone(memory_format=torch.contiguous_format)
-        )
-        header[name] = {"offset": list(shard.global_offset), "global_shape": list(shard.global_shape)}
-    save_file(tensors, folder / f"rank_{rank:05d}.safetensors", metadata={HEADER_KEY: json.dumps(header)})
+    """Write the pieces that this rank owns; see `HostSnapshot`."""
+    snapshot = HostSnapshot(state)
+    snapshot.take(state)
+    snapshot.write(folder, rank)
 
 
 class ShardReader:
@@ -63,13 +68,18 @@ class ShardReader:
         for file in sorted(folder.glob("rank_*.safetensors")):
             try:
                 handle = safe_open(file, framework="pt")
-                header = json.loads((handle.metadata() or {})[HEADER_KEY])
+                header = _HEADER.validate_json((handle.metadata() or {})[HEADER_KEY])
                 for name, place in header.items():
                     shape = tuple(handle.get_slice(name).get_shape())
-                    piece = Piece(file, name, tuple(place["offset"]), shape, tuple(place["global_shape"]))
-                    self.pieces.setdefault(name.rpartition("@")[0], []).append(piece)
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-                raise UserError(file, f"is not a checkpoint file ({type(error).__name__}: {error})") from None
+                    piece = Piece(file, name, tuple(place.offset), shape, tuple(place.global_shape))
+                    _check_inside(piece)
+                    blocks = self.pieces.setdefault(name.rpartition("@")[0], [])
+                    if any(other.offset == piece.offset for other in blocks):
+                        raise ValueError(f"{piece.name} is there twice")
+                    blocks.append(piece)
+            except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+                first_line = str(error).partition("\n")[0]
+                raise UserError(file, f"is not a checkpoint file ({type(error).__name__}: {first_line})") from None
             self._open[file] = handle
         if not self.pieces:
             raise UserError(folder, "holds no rank_*.safetensors", "a checkpoint")
@@ -80,22 +90,29 @@ class ShardReader:
 
     @torch.no_grad()
     def load_into(self, state: Any) -> None:
-        """Fill every `ShardedTensor` of `state` in place.
+        """Fill every `ShardedTensor` of `state` in place; those that are `DISPENSABLE` and not here stay as they are.
 
         Raises:
             UserError: a tensor is missing, has another global shape or is not covered; it is named.
         """
+        absent = []
         for shard in sharded_tensors(state):
             pieces = self.pieces.get(shard.key)
+            if pieces is None and shard.key.startswith(DISPENSABLE):
+                absent.append(shard.key)
+                continue
             if pieces is None:
                 raise UserError(self.folder, f"lacks the tensor '{shard.key}'", "a checkpoint of this model")
-            if pieces[0].global_shape != tuple(shard.global_shape):
-                raise UserError(
-                    self.folder,
-                    f"has '{shard.key}' as {list(pieces[0].global_shape)}",
-                    f"{list(shard.global_shape)}, as the configured model has it",
-                )
+            for piece in pieces:
+                if piece.global_shape != tuple(shard.global_shape):
+                    raise UserError(
+                        self.folder,
+                        f"has '{shard.key}' as {list(piece.global_shape)}",
+                        f"{list(shard.global_shape)}, as the configured model has it",
+                    )
             self._fill(shard, pieces)
+        if absent:
+            logger.info("%s lacks %s (%d such tensors), which begin anew", self.folder.name, absent[0], len(absent))
 
     def _fill(self, shard: ShardedTensor, pieces: list[Piece]) -> None:
         target = shard.data.detach().view(block_shape(shard))
@@ -111,7 +128,7 @@ class ShardReader:
                 theirs.append(slice(begin - have_from, end - have_from))
                 count *= max(0, end - begin)
             if count:
-                target[tuple(ours)].copy_(self._open[piece.file].get_slice(piece.name)[tuple(theirs)])
+                target[tuple(ours)].copy_(self._data(piece, tuple(theirs), whole=count == math.prod(piece.shape)))
                 covered += count
         if covered != target.numel():
             raise UserError(
@@ -120,3 +137,19 @@ class ShardReader:
                 "all of them",
                 "A rank's file is missing.",
             )
+
+    def _data(self, piece: Piece, part: tuple[slice, ...], whole: bool) -> Tensor:
+        """A whole tensor comes as a view of the mapped file, a part of one as a copy."""
+        handle = self._open[piece.file]
+        try:
+            return handle.get_tensor(piece.name) if whole else handle.get_slice(piece.name)[part]
+        except (SafetensorError, OSError) as error:
+            raise UserError(piece.file, f"'{piece.name}' cannot be read ({error})") from None
+
+
+def _check_inside(piece: Piece) -> None:
+    dimensions = {len(piece.offset), len(piece.shape), len(piece.global_shape)}
+    if len(dimensions) > 1 or any(
+        begin + size > whole for begin, size, whole in zip(piece.offset, piece.shape, piece.global_shape, strict=True)
+    ):
+        raise ValueError(f"{piece.name} lies outside of its tensor {list(piece.global_shape)}")

@@ -57,7 +57,7 @@ def load_run_config(path: Path) -> RunConfig:
         )
     try:
         loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise UserError(path, f"cannot be read ({_first_line(error)})", "YAML") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(path, "is not a mapping", "the config.yaml of a run")

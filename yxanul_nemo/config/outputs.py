@@ -15,6 +15,8 @@ class CheckpointConfig(Section):
     """Tokens between two checkpoints inside a phase."""
     keep_latest: int = Field(default=3, ge=1)
     """Checkpoints kept beside the best one and the ends of phases."""
+    asynchronous: bool = True
+    """Training waits only until its state is copied into host memory (of the size of a checkpoint) and goes on while a thread writes it."""
     verify: Literal["full", "size"] = "full"
     """What loading checks against the manifest: SHA-256 of every file, or only their sizes."""
     allow_mismatch: list[str] = Field(default_factory=list)

@@ -11,6 +11,7 @@ from yxanul_nemo.config.bench import BenchConfig
 from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
+from yxanul_nemo.config.guards import GuardsConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
 from yxanul_nemo.config.plan import PlanConfig
@@ -43,6 +44,7 @@ class RunConfig(Section):
     precision: PrecisionConfig
     parallel: ParallelConfig
     checkpoint: CheckpointConfig
+    guards: GuardsConfig = GuardsConfig()
     validation: ValidationConfig
     logging: LoggingConfig
     export: ExportConfig

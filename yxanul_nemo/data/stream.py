@@ -1,10 +1,24 @@
 """One source as an endless stream of tokens: its documents in an order fixed by seed and epoch, each ended by EOS."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from data_prep.indexed import IndexedTokens
+
+
+class DocumentPiece(NamedTuple):
+    """A part of one document in a stream."""
+
+    epoch: int
+    shard: int
+    """Place of its file among the source's shards."""
+    document: int
+    """Number in that shard."""
+    first_token: int
+    """Of the document, from 0."""
+    tokens: int
 
 
 class TokenStream:
@@ -35,6 +49,22 @@ class TokenStream:
             self._copy(offset, out[filled : filled + n])
             filled += n
         return out
+
+    def pieces(self, start: int, count: int) -> Iterator[DocumentPiece]:
+        """The documents that `read(start, count)` is made of, in order, each with the part of it that is read."""
+        end = start + count
+        while start < end:
+            epoch, offset = divmod(start, self.tokens_per_epoch)
+            self._enter(epoch)
+            place = int(np.searchsorted(self._starts, offset, side="right")) - 1
+            skipped = offset - int(self._starts[place])
+            epoch_end = min(end, start - offset + self.tokens_per_epoch)
+            while start < epoch_end:
+                document = int(self._order[place])
+                shard = int(np.searchsorted(self.first_document, document, side="right")) - 1
+                tokens = min(epoch_end - start, int(self.lengths[document]) - skipped)
+                yield DocumentPiece(epoch, shard, document - int(self.first_document[shard]), skipped, tokens)
+                start, skipped, place = start + tokens, 0, place + 1
 
     def _enter(self, epoch: int) -> None:
         if epoch != self._epoch:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.model.gpt import YxanulGPT
+from yxanul_nemo.training.guard import UpdateGuard
 
 
 @dataclass(frozen=True)
@@ -18,13 +19,14 @@ class StepResult:
     grad_norm: Tensor
     """Norm of the gradient before clipping, scalar."""
     applied: Tensor
-    """False if the update was skipped because the norm was not finite, scalar."""
+    """False if the guard skipped the update, scalar."""
 
 
 class Backend(Protocol):
     """One rank's model and optimizer on one kind of device."""
 
     model: YxanulGPT
+    guard: UpdateGuard
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Warm up for this shape (a CUDA graph is captured here). Called once, before a checkpoint's state is loaded."""
@@ -56,4 +58,4 @@ def make_backend(model: YxanulGPT, config: RunConfig, device: str) -> Backend:
         return CudaBackend(model, config)
     from yxanul_nemo.training.cpu_backend import CpuBackend
 
-    return CpuBackend(model, config.optim)
+    return CpuBackend(model, config.optim, config.guards)

@@ -6,30 +6,32 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from yxanul_nemo.training.agreement import any_rank
-from yxanul_nemo.training.module import MAX_SKIPPED_IN_A_ROW, PhaseModule
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.training.agreement import any_rank_each
+from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.records import Recorder
+from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopRequest
+from yxanul_nemo.training.watchdog import Watchdog
+
+SKIPS_NAME = "skipped_updates"
+"""Folder in the run's for what was trained on when updates were skipped until the run stopped."""
 
 
 class BetweenSteps(pl.Callback):
     """After each step of all ranks.
 
-    Every `every_steps` steps, one record to Lightning's loggers and one line to the log; the step axis is tokens. Every
-    `every_tokens` tokens, at the end of the phase and on a request to stop, a checkpoint, and a record before it: so the
+    Every `logging.every_steps` steps, one record to Lightning's loggers and one line to the log; the step axis is tokens. Every
+    `checkpoint.every_tokens` tokens, at the end of the phase and on a request to stop, a checkpoint, and a record before it: so the
     records of a resumed run are about each step exactly once.
     """
 
     def __init__(
-        self,
-        every_steps: int,
-        every_tokens: float,
-        save: Callable[[PhaseModule, bool], None],
-        stop: StopRequest,
-        recorder: Recorder,
+        self, config: RunConfig, saver: CheckpointSaver, stop: StopRequest, watchdog: Watchdog, recorder: Recorder
     ):
-        self.every_steps, self.every_tokens, self.save, self.stop = every_steps, every_tokens, save, stop
-        self.recorder = recorder
+        self.every_steps, self.every_tokens = config.logging.every_steps, config.checkpoint.every_tokens
+        self.allowed_skips, self.skips_dir = config.guards.max_skips_in_a_row, config.run.dir / SKIPS_NAME
+        self.saver, self.stop, self.watchdog, self.recorder = saver, stop, watchdog, recorder
 
     def on_train_start(self, trainer: pl.Trainer, module: PhaseModule) -> None:
         """Start the clock after everything is set up; count tokens from where this process begins."""
@@ -47,17 +49,25 @@ class BetweenSteps(pl.Callback):
         self, trainer: pl.Trainer, module: PhaseModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Record and save where due."""
-        stop = any_rank(bool(self.stop))
+        stop, save_failed = any_rank_each(bool(self.stop), self.saver.failed)
         finished = module.steps_done == module.phase.steps
         saves = finished or stop or module.tokens_total - self._saved_at >= self.every_tokens
+        if saves or save_failed:
+            self._wait(module, self.saver.wait)
+        module.meter.save_seconds += self.saver.written_seconds()
         if saves or module.steps_done % self.every_steps == 0:
             self.recorder.record(trainer.loggers, module)
-        if module.steps_done % min(self.every_steps, MAX_SKIPPED_IN_A_ROW) == 0:
-            module.check_skips()
+        if module.steps_done % min(self.every_steps, self.allowed_skips) == 0:
+            module.check_skips(self.allowed_skips, self.skips_dir)
         if saves:
-            began = time.perf_counter()
-            self.save(module, finished)
-            module.meter.pause(time.perf_counter() - began)
+            self._wait(module, lambda: self.saver.start(module.ledger(), phase_end=finished))
             self._saved_at = module.tokens_total
         trainer.should_stop = stop
+        self.watchdog.step_done()
         self._batch_end = time.perf_counter()
+
+    def _wait(self, module: PhaseModule, act: Callable[[], object]) -> None:
+        """Do what belongs to saving; its time is not one of training."""
+        began = time.perf_counter()
+        act()
+        module.meter.pause(time.perf_counter() - began)

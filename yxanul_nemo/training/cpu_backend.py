@@ -3,6 +3,7 @@
 Megatron-core's own wrapper places its buffers on CUDA devices unconditionally (megatron-core 0.19, param_and_grad_buffer).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,20 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from yxanul_nemo.config.guards import GuardsConfig
 from yxanul_nemo.config.training import OptimConfig
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamAdamW
 
 
 class CpuBackend:
     """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
 
-    def __init__(self, model: YxanulGPT, optim: OptimConfig):
+    def __init__(self, model: YxanulGPT, optim: OptimConfig, guards: GuardsConfig | None = None):
         self.model = model
+        self.guard = UpdateGuard(guards or GuardsConfig(), torch.device("cpu"))
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.optimizer = MainParamAdamW(model, optim, parallel_state.get_tensor_model_parallel_group())
 
@@ -43,15 +47,17 @@ class CpuBackend:
         self._sum_over_data_ranks()
         loss = loss_sum * scale
         dist.all_reduce(loss, group=self.data_group)
-        norm, applied = self.optimizer.step([param.grad for param in self.optimizer.params], lr, grad_clip)
+        norm, applied = self.optimizer.step(
+            [param.grad for param in self.optimizer.params], lr, grad_clip, partial(self.guard.admits, loss)
+        )
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
     def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
         """A CPU has no scales."""
 
     def sharded_state(self) -> dict[str, Any]:
-        """Weights and optimizer, as views that a checkpoint's tensors can be copied into."""
-        return self.optimizer.sharded_state(self.model.sharded_state_dict())
+        """Weights, optimizer and guard, as views that a checkpoint's tensors can be copied into."""
+        return self.optimizer.sharded_state(self.model.sharded_state_dict()) | self.guard.sharded_state()
 
     def after_load(self) -> None:
         """Bring what is derived from the loaded state in line with it."""

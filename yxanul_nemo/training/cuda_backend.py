@@ -1,5 +1,6 @@
 """Training on GPUs: Megatron-core's gradient buffers, Transformer Engine layers, and forward and backward in a CUDA graph."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from yxanul_nemo.log import logger
 from yxanul_nemo.model.fp8_state import sharded_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamAdamW
 
 WARMUP_PASSES = 3
@@ -25,6 +27,7 @@ class CudaBackend:
 
     def __init__(self, model: YxanulGPT, config: RunConfig):
         self.model = model
+        self.guard = UpdateGuard(config.guards, torch.device("cuda", torch.cuda.current_device()))
         self.is_fp8 = config.precision.is_fp8
         self.fp8_format = model.config.fp8
         self.use_graph = config.parallel.cuda_graph
@@ -36,6 +39,8 @@ class CudaBackend:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.update_graph: torch.cuda.CUDAGraph | None = None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device="cuda")
+        self.loss = torch.zeros((), dtype=torch.float64, device="cuda")
+        """Of the step, over all ranks, where a graph can find it."""
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Warm up on random tokens, so that lazily made state exists when a checkpoint is loaded.
@@ -74,7 +79,7 @@ class CudaBackend:
         loss = self.loss_sum / (ids_ABT.numel() * self.data_group.size())
         if self.data_group.size() > 1:
             dist.all_reduce(loss, group=self.data_group)
-        norm, applied = self._update(lr, grad_clip)
+        norm, applied = self._update(loss, lr, grad_clip)
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
     def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
@@ -87,8 +92,8 @@ class CudaBackend:
             self._forward_backward()
 
     def sharded_state(self) -> dict[str, Any]:
-        """Weights, optimizer and FP8 scales, as views that a checkpoint's tensors can be copied into."""
-        state = self.optimizer.sharded_state(self.model.sharded_state_dict())
+        """Weights, optimizer, guard and FP8 scales, as views that a checkpoint's tensors can be copied into."""
+        state = self.optimizer.sharded_state(self.model.sharded_state_dict()) | self.guard.sharded_state()
         return state | (sharded_fp8_state(self.model) if self.is_fp8 else {})
 
     def after_load(self) -> None:
@@ -112,16 +117,18 @@ class CudaBackend:
             # What BF16 products need must exist before capture; for FP8 `prepare` has seen to it. The gradients are zeroed next.
             self._forward_backward()
 
-    def _update(self, lr: float, grad_clip: float) -> tuple[Tensor, Tensor]:
+    def _update(self, loss: Tensor, lr: float, grad_clip: float) -> tuple[Tensor, Tensor]:
         """One update of the optimizer; returns (norm before clipping, whether it was applied)."""
         self.optimizer.set_rates(lr, grad_clip)
+        self.loss.copy_(loss)
         grads = [param.main_grad for param in self.optimizer.params]
+        admits = partial(self.guard.admits, self.loss)
         if self.graph is None or self.optimizer.tensor_group.size() > 1:
-            return self.optimizer.update(grads)
+            return self.optimizer.update(grads, admits)
         if self.update_graph is None:
             self.update_graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.update_graph, stream=torch.cuda.current_stream()):
-                self.update_results = self.optimizer.update(grads)
+                self.update_results = self.optimizer.update(grads, admits)
         self.update_graph.replay()
         norm, applied = self.update_results
         # The meter keeps these over several steps; the graph writes into the same memory each time.

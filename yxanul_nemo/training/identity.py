@@ -15,6 +15,8 @@ def expected_run(config: RunConfig, manifest: CorpusManifest, phases: list[Phase
         "data_seed": config.data.seed,
         "curriculum_tokens": phases[-1].first_token + phases[-1].tokens,
     }
+    if config.guards.spike_sigma is not None:
+        decisive["spikes"] = [config.guards.spike_sigma, config.guards.spike_window_steps]
     return Expected(
         corpus_fingerprint=manifest.fingerprint,
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,

@@ -1,8 +1,10 @@
 """The Lightning module of one phase: each batch is one whole optimizer step, everything else is a function of tokens."""
 
 import math
+from pathlib import Path
 
 import lightning.pytorch as pl
+import torch.distributed as dist
 from torch import Tensor
 
 from yxanul_nemo.checkpoint.ledger import Ledger
@@ -13,9 +15,7 @@ from yxanul_nemo.training.backend import Backend
 from yxanul_nemo.training.metrics import StepMeter
 from yxanul_nemo.training.phases import Phase
 from yxanul_nemo.training.schedule import learning_rate
-
-MAX_SKIPPED_IN_A_ROW = 20
-"""Updates in a row that may be skipped for a loss or gradient that is not finite, before the run stops."""
+from yxanul_nemo.training.skips import skip_report_path, write_skip_report
 
 
 class PhaseModule(pl.LightningModule):
@@ -87,15 +87,24 @@ class PhaseModule(pl.LightningModule):
     def configure_optimizers(self) -> None:
         """The backend has the optimizer."""
 
-    def check_skips(self) -> None:
-        """Stop a run whose updates are all skipped; reads the device, so it is called only where that is done anyway."""
+    def check_skips(self, allowed_in_a_row: int, report_folder: Path) -> None:
+        """Stop a run whose updates are all skipped; reads the device, so it is called only where that is done anyway.
+
+        Raises:
+            UserError: `allowed_in_a_row` or more were skipped up to now; names a file in `report_folder`, which the first rank writes.
+        """
         in_a_row = self.meter.skipped_in_a_row
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            first = (self.steps_done - in_a_row) * self.phase.windows_per_step
-            last = self.steps_done * self.phase.windows_per_step - 1
-            raise UserError(
-                f"phase {self.phase.number}",
-                f"the gradient was not finite in {in_a_row} steps in a row (windows {first}-{last} of the phase)",
-                "training that converges",
-                "Lower optim.lr or the phase's lr_scale, or train in a wider precision; checkpoints hold the weights from before.",
-            )
+        if in_a_row < allowed_in_a_row:
+            return
+        steps = (self.steps_done - in_a_row + 1, self.steps_done)
+        path = skip_report_path(report_folder, self.phase, *steps)
+        if dist.get_rank() == 0:
+            write_skip_report(path, self.phase, self.windows, self.source_names, *steps)
+        raise UserError(
+            f"phase {self.phase.number}",
+            f"{in_a_row} updates in a row were skipped (steps {steps[0]}-{steps[1]} of the phase), because loss or gradient were "
+            "not finite or, with guards.spike_sigma, spikes",
+            "training that converges",
+            f"What these steps were trained on is in {path}. Lower optim.lr or the phase's lr_scale, or train in a wider precision; "
+            "the newest checkpoint holds the weights as they are, older ones those from before.",
+        )

@@ -3,7 +3,7 @@
 The same class serves CPUs and GPUs, so moments and main parameters in a checkpoint mean the same everywhere.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,13 +62,15 @@ class MainParamAdamW:
                 **{moment: torch.zeros_like(main) for moment in MOMENTS},
             }
 
-    def step(self, grads: Sequence[Tensor], lr: float, grad_clip: float) -> tuple[Tensor, Tensor]:
+    def step(
+        self, grads: Sequence[Tensor], lr: float, grad_clip: float, admits: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """Update from FP32 gradients in the order of `params`; returns (norm before clipping, whether the update was applied).
 
-        A norm that is not finite applies nothing. Both results are scalars on the device.
+        `admits(norm)` decides whether anything is applied. All of these are scalars on the device.
         """
         self.set_rates(lr, grad_clip)
-        return self.update(grads)
+        return self.update(grads, admits)
 
     def set_rates(self, lr: float, grad_clip: float) -> None:
         """Learning rate and largest gradient norm of the next update."""
@@ -76,7 +78,7 @@ class MainParamAdamW:
         self.grad_clip.fill_(grad_clip)
 
     @torch.no_grad()
-    def update(self, grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def update(self, grads: Sequence[Tensor], admits: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """`step` with the rates set before: work on the device alone, so that a CUDA graph can hold it."""
         squares = torch.zeros((), dtype=torch.float64, device=self.update_count.device)
         if self.counted:
@@ -84,7 +86,7 @@ class MainParamAdamW:
         if self.tensor_group.size() > 1:
             dist.all_reduce(squares, group=self.tensor_group)
         norm = squares.sqrt().float()
-        applied = torch.isfinite(norm)
+        applied = admits(norm)
         # torch's fused optimizers divide gradients by grad_scale and do nothing where found_inf is 1 (the contract that
         # torch.amp.GradScaler uses with them), so clipping and skipping cost no pass over the gradients of their own.
         self.adamw.grad_scale = torch.clamp((norm + 1e-6) / self.grad_clip, min=1.0)

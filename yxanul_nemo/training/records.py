@@ -14,6 +14,7 @@ from yxanul_nemo.gpu_table import gpu_named
 from yxanul_nemo.log import logger
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.phases import Phase
+from yxanul_nemo.training.skips import SkippedUpdate
 
 NEWEST_WEIGHT = 0.3
 """Of the newest interval in the speed that the time left is computed with."""
@@ -69,12 +70,34 @@ class Recorder:
         if self.peak_flops_per_second is not None:
             record["mfu"] = record["model_flops_per_second"] / self.peak_flops_per_second
             record["mfu_peak_flops_per_second"] = self.peak_flops_per_second
+        for skip in module.meter.skipped_updates:
+            self._record_skip(sinks, module, skip)
         for sink in sinks:
             sink.log_metrics(record, step=module.tokens_total)
         progress = record | {"tokens_total": module.tokens_total} | self._seconds_left(module, record)
         if self.device == "cuda":
             progress["device_memory_bytes"] = torch.cuda.get_device_properties().total_memory
         self.show(record_line(module, progress, len(self.phases)), progress)
+
+    def _record_skip(self, sinks: Sequence[Logger], module: PhaseModule, skip: SkippedUpdate) -> None:
+        """A record of its own, whose step axis is that step's; all names in it begin with `skipped_`."""
+        step = module.steps_done - skip.steps_ago
+        values = {
+            "skipped_phase": module.phase.number,
+            "skipped_step_in_phase": step,
+            "skipped_loss_nats_per_token": skip.loss,
+            "skipped_grad_norm": skip.grad_norm,
+        }
+        for sink in sinks:
+            sink.log_metrics(values, step=module.phase.first_token + step * module.phase.tokens_per_step)
+        logger.warning(
+            "phase %d step %d: update skipped, %s (loss %.4f, gradient norm %.4f)",
+            module.phase.number,
+            step,
+            skip.reason,
+            skip.loss,
+            skip.grad_norm,
+        )
 
     def _seconds_left(self, module: PhaseModule, record: Mapping[str, float]) -> dict[str, float]:
         """Of training steps alone. Later phases are taken to reach the FLOP/s of this one."""

@@ -1,6 +1,5 @@
 """One phase in this process: build, resume, train, commit, validate."""
 
-from contextlib import nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,26 +8,24 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import parallel_state
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 
 from data_prep.indexed import IndexedTokens
 from data_prep.manifest import load_manifest
 from yxanul_nemo.checkpoint.ledger import Ledger
-from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
+from yxanul_nemo.checkpoint.shards import ShardReader
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows, open_streams
-from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.runtime import resolve_device
-from yxanul_nemo.training.agreement import any_rank, failing_together, from_first_rank
+from yxanul_nemo.training.agreement import any_rank, from_first_rank
 from yxanul_nemo.training.backend import Backend, make_backend
 from yxanul_nemo.training.callbacks import BetweenSteps
 from yxanul_nemo.training.identity import expected_run, phase_plan
@@ -42,11 +39,14 @@ from yxanul_nemo.training.phases import (
     source_sizes,
     total_tokens,
 )
+from yxanul_nemo.training.random_state import restore_random_state, sharded_random_state
 from yxanul_nemo.training.records import Recorder, Show, log_line, peak_flops_per_second
+from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopNow, StopRequest
 from yxanul_nemo.training.sinks import log_validation, make_sinks
+from yxanul_nemo.training.watchdog import Watchdog
 from yxanul_nemo.validation.record import phase_result_path
-from yxanul_nemo.validation.stage import validate_model
+from yxanul_nemo.validation.stage import identified, validate_model
 from yxanul_nemo.validation.table import table
 
 
@@ -93,24 +93,29 @@ class PhaseSession:
         self.layout = BatchLayout(micro_batch_size, accumulation, parallel_state.get_data_parallel_world_size())
         self.backend.prepare(micro_batch_size, accumulation, self.phase.seq_len)
         self.checkpoint: Checkpoint | None = None
-        """The one whose state the model holds, unless it has been trained since."""
+        """The one that was loaded."""
         self.ledger = self._resume()
         self.windows = self._windows()
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end of the phase and validate; True if all of that is done, False if stopped on request."""
         first_step = self.ledger.phase_tokens // self.phase.tokens_per_step
+        saver: CheckpointSaver | None = None
         if first_step < self.phase.steps:
-            module = self._train(first_step, stop)
+            module, saver = self._train(first_step, stop)
             if module.steps_done < self.phase.steps or any_rank(bool(stop)):
+                saver.wait()
                 logger.info("stopped by %s at %s tokens, saved", stop.reason or "a rank", f"{module.tokens_total:,}")
                 return False
         try:
             with stop.at_once():
-                self._validate()
+                self._validate(saver)
         except StopNow:
             logger.info("stopped by %s before the end of validation", stop.reason)
             return False
+        finally:
+            if saver is not None:
+                saver.wait()
         return True
 
     def _resume(self) -> Ledger:
@@ -136,16 +141,19 @@ class PhaseSession:
                 f"the end of phase {number - 1}",
                 f"Run `python launcher.py stage=train` without phases=, or with phases={max(1, ledger.phase)}-{number}.",
             )
+        self.backend.guard.reset()
         return ledger.start_phase(phase_plan(self.phase), self.layout.micro_batch_size, self.world_size)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        ShardReader(checkpoint.path).load_into(self._state())
+        state = self._state()
+        ShardReader(checkpoint.path).load_into(state)
         self.backend.after_load()
+        restore_random_state(state, self.device)
         self.checkpoint = checkpoint
         logger.info("loaded %s (%s tokens)", checkpoint.path, f"{checkpoint.tokens:,}")
 
     def _state(self) -> dict[str, Any]:
-        return self.backend.sharded_state()
+        return self.backend.sharded_state() | sharded_random_state(self.device)
 
     def _windows(self) -> PhaseWindows:
         names = self.config.data.source_names
@@ -158,8 +166,10 @@ class PhaseSession:
         self.shares = normalized_shares(names, self.phase.blend, self.sizes)
         return PhaseWindows(open_streams(shards, self.config.data.seed), self.shares, before, self.phase.seq_len)
 
-    def _train(self, first_step: int, stop: StopRequest) -> PhaseModule:
+    def _train(self, first_step: int, stop: StopRequest) -> tuple[PhaseModule, CheckpointSaver]:
+        """Train to the end or to a stop; the last save may still be under way."""
         config, phase = self.config, self.phase
+        saver = CheckpointSaver(self.store, self._state, to_yaml(config), config.checkpoint.asynchronous)
         module = PhaseModule(
             self.backend,
             phase,
@@ -185,6 +195,7 @@ class PhaseSession:
             self.layout.micro_batch_size,
             first_step,
         )
+        watchdog = Watchdog(config.guards.hang_seconds, f"rank {self.rank}", others=self.world_size > 1)
         trainer = pl.Trainer(
             accelerator="gpu" if self.device == "cuda" else "cpu",
             strategy=SingleDeviceStrategy(device=self._torch_device()),
@@ -192,11 +203,7 @@ class PhaseSession:
             plugins=[LightningEnvironment()],
             max_epochs=1,
             logger=make_sinks(config, self.ledger.tokens_total) if self.rank == 0 else [],
-            callbacks=[
-                BetweenSteps(
-                    config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop, self._recorder()
-                )
-            ],
+            callbacks=[BetweenSteps(config, saver, stop, watchdog, self._recorder())],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -204,24 +211,22 @@ class PhaseSession:
             num_sanity_val_steps=0,
             limit_val_batches=0,
         )
-        trainer.fit(module, DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda"))
-        return module
+        try:
+            with watchdog:
+                trainer.fit(module, self._loader(batches))
+        except Exception:
+            # What is being saved is good, whatever happened to training since.
+            saver.wait()
+            raise
+        return module, saver
+
+    def _loader(self, batches: PhaseBatches) -> DataLoader:
+        # Each loader draws a seed for workers, which there are none of; it is not to come from the generator that is saved.
+        own = torch.Generator().manual_seed(0)
+        return DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda", generator=own)
 
     def _torch_device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")
-
-    def _save(self, module: PhaseModule, finished: bool) -> None:
-        """Commit a checkpoint: every rank writes its shards, the first one the ledger and the manifest."""
-        ledger = module.ledger()
-        temporary = from_first_rank(lambda: self.store.begin(ledger.tokens_total))
-        # Inside out: each rank's errors become the user's, all ranks learn of them, and then the first removes what is there.
-        removing = self.store.writing(temporary) if self.rank == 0 else nullcontext()
-        with removing, failing_together(), disk_errors(self.store.root, "saving a checkpoint", also=(SafetensorError,)):
-            save_shards(self._state(), temporary, self.rank)
-            if self.rank == 0:
-                (temporary / "config.yaml").write_text(to_yaml(self.config), encoding="utf-8")
-        self.checkpoint = from_first_rank(lambda: self.store.commit(temporary, ledger, phase_end=finished))
-        logger.info("saved %s", self.checkpoint.path)
 
     def _bytes_per_token(self) -> float:
         ratios = [
@@ -238,11 +243,13 @@ class PhaseSession:
         peak = peak_flops_per_second(self.config.precision, self.device, self.world_size)
         return Recorder(self.phases, flops, self.device, peak, self.show if self.rank == 0 else log_line)
 
-    def _validate(self) -> None:
-        checkpoint = self.checkpoint
+    def _validate(self, saver: CheckpointSaver | None) -> None:
+        """Validate while the phase's end may still be written; only then is it marked and the phase done."""
+        scores = validate_model(self.config, self.manifest, self.backend.model, self.device)
+        checkpoint = self.checkpoint if saver is None else saver.wait()
         assert checkpoint is not None and checkpoint.phase_end, "the phase's end was just saved or loaded"
-        result = validate_model(self.config, self.manifest, self.backend.model, checkpoint, self.device)
         if self.rank == 0:
+            result = identified(scores, self.config, checkpoint)
             self.store.mark_best(checkpoint, "mean_bits_per_byte", result["mean_bits_per_byte"])
             log_validation(self.config, result)
             # Last, because the phase counts as done by it.

@@ -6,13 +6,15 @@ A process that is about to give a file or folder the name in YXANUL_TEST_STOP_AT
 import os
 import signal
 import sys
+import threading
 
 NAME = os.environ.get("YXANUL_TEST_STOP_AT")
 
 
 def _stop(event: str, arguments: tuple) -> None:
     if event == "os.rename" and str(arguments[1]).endswith(f"/{NAME}"):
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread: another one might take a signal to the process, and this one go on for a moment.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
 if NAME:

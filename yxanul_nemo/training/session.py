@@ -18,22 +18,23 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
-from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows, open_streams
+from yxanul_nemo.data.windows import PhaseBatches, PhaseWindows, open_streams
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.model.memory import with_micro_batch
 from yxanul_nemo.runtime import resolve_device
 from yxanul_nemo.training.agreement import any_rank, from_first_rank
 from yxanul_nemo.training.backend import Backend, make_backend
 from yxanul_nemo.training.callbacks import BetweenSteps
 from yxanul_nemo.training.identity import expected_run, phase_plan
 from yxanul_nemo.training.metrics import StepMeter
+from yxanul_nemo.training.micro_batch import fit_batch, gpu_memory_bytes
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.phases import (
     Phase,
-    batch_layout,
     check_enough_tokens,
     plan_phases,
     source_sizes,
@@ -66,13 +67,16 @@ class PhaseSession:
     """
 
     def __init__(self, config: RunConfig, number: int, show: Show = log_line):
-        self.config, self.show = config, show
+        self.show = show
         self.manifest = load_manifest(config.data_dir)
         self.sizes = source_sizes(config, self.manifest)
         self.phases = plan_phases(config.curriculum)
         check_enough_tokens(config, self.phases, self.sizes)
         self.phase: Phase = self.phases[number - 1]
         self.device = resolve_device(config.parallel)
+        memory_bytes = gpu_memory_bytes(self.device)
+        self.asked_for = config.parallel.micro_batch_tokens
+        self.config = config = with_micro_batch(config, self.manifest.vocab_size, memory_bytes)
         self.store = checkpoint_store(config)
         model = build_model(
             config.model,
@@ -84,16 +88,16 @@ class PhaseSession:
         )
         self.backend: Backend = make_backend(model, config, self.device)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        micro_batch_size, accumulation = batch_layout(
+        self.checkpoint: Checkpoint | None = self._checkpoint_to_go_on_from()
+        """The one whose state is loaded."""
+        self.layout = fit_batch(
             self.phase,
             parallel_state.get_data_parallel_world_size(),
-            config.parallel.micro_batch_tokens,
+            self._most_tokens(),
             config.precision.token_multiple,
+            self.backend.prepare,
+            any_rank,
         )
-        self.layout = BatchLayout(micro_batch_size, accumulation, parallel_state.get_data_parallel_world_size())
-        self.backend.prepare(micro_batch_size, accumulation, self.phase.seq_len)
-        self.checkpoint: Checkpoint | None = None
-        """The one that was loaded."""
         self.ledger = self._resume()
         self.windows = self._windows()
 
@@ -118,13 +122,24 @@ class PhaseSession:
                 saver.wait()
         return True
 
-    def _resume(self) -> Ledger:
+    def _checkpoint_to_go_on_from(self) -> Checkpoint | None:
         number = self.phase.number
-        expected = expected_run(self.config, self.manifest, self.phases)
         checkpoint = from_first_rank(self.store.newest_good)
         if checkpoint is not None and checkpoint.phase > number:
             # The phase was trained; what may be missing is its validation.
             checkpoint = from_first_rank(lambda: self.store.newest_good(phase_end_of=number)) or checkpoint
+        return checkpoint
+
+    def _most_tokens(self) -> int:
+        """Of a micro-batch: as configured, or what a phase under way was found to fit into."""
+        ledger = self.checkpoint.read_ledger() if self.checkpoint is not None else None
+        if self.asked_for == "auto" and ledger is not None and ledger.phase == self.phase.number:
+            return ledger.current.micro_batch_size * self.phase.seq_len
+        return self.config.parallel.micro_batch_tokens
+
+    def _resume(self) -> Ledger:
+        number, checkpoint = self.phase.number, self.checkpoint
+        expected = expected_run(self.config, self.manifest, self.phases)
         if checkpoint is None:
             ledger = Ledger.fresh(expected)
         else:
@@ -149,7 +164,6 @@ class PhaseSession:
         ShardReader(checkpoint.path).load_into(state)
         self.backend.after_load()
         restore_random_state(state, self.device)
-        self.checkpoint = checkpoint
         logger.info("loaded %s (%s tokens)", checkpoint.path, f"{checkpoint.tokens:,}")
 
     def _state(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from yxanul_nemo.config.load import compose, parse
+from yxanul_nemo.config.load import compose, parse, with_quoted_text
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
 
@@ -52,6 +52,7 @@ def main(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     # Hydra ends with 1 and its own wording on a wrong override; composing first lets the project's words and exit code apply.
+    sys.argv[1:] = with_quoted_text(sys.argv[1:])
     if not ONLY_HYDRA_CAN_READ & set(sys.argv):
         try:
             compose(overrides_in(sys.argv[1:]))

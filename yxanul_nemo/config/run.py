@@ -14,6 +14,7 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
 from yxanul_nemo.config.plan import PlanConfig
 from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
+from yxanul_nemo.config.use import GenerateConfig
 
 
 class RunSection(Section):
@@ -46,10 +47,22 @@ class RunConfig(Section):
     export: ExportConfig
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
+    generate: GenerateConfig = GenerateConfig()
     stage: str | list[str] = "all"
-    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or plan alone."""
+    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or another stage alone."""
+    from_: str | list[str] | None = Field(default=None, alias="from")
+    """Model for stage=generate, import and validate: a run's or checkpoint's folder, a .nemo file or a Hugging Face folder; validate
+    compares two. Unset: the run's own."""
+    prompt: str = ""
+    """Beginning of the text that stage=generate writes."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
+
+    @property
+    def sources(self) -> list[Path]:
+        """Models that `from` names."""
+        named = [self.from_] if isinstance(self.from_, str) else self.from_ or []
+        return [Path(name) for name in named]
 
     @property
     def data_dir(self) -> Path:
@@ -79,6 +92,11 @@ class RunConfig(Section):
             if domain.source is not None and domain.source not in self.data.source_names:
                 raise ValueError(
                     f"validation.domains.{name}.source={domain.source} is not in data.sources ({', '.join(self.data.source_names)})"
+                )
+            if self.curriculum.adapt_blend and domain.for_source not in (None, *self.data.source_names):
+                raise ValueError(
+                    f"validation.domains.{name}.for_source={domain.for_source} is not in data.sources "
+                    f"({', '.join(self.data.source_names)}), whose shares curriculum.adapt_blend moves"
                 )
         if self.parallel.tensor_parallel > self.model.kv_groups:
             raise ValueError(

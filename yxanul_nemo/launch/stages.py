@@ -16,11 +16,12 @@ from yxanul_nemo.files import write_json_atomic, write_text_atomic
 from yxanul_nemo.launch.environment import write_environment
 from yxanul_nemo.launch.interrupts import Interrupted, StopSignals
 from yxanul_nemo.launch.lock import RunLock
-from yxanul_nemo.launch.lone_stages import LONE_STAGES, run_lone_stage
+from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
 from yxanul_nemo.launch.processes import Task, Workers
 from yxanul_nemo.log import configure_logging, logger
 from yxanul_nemo.training.identity import expected_run
 from yxanul_nemo.training.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
+from yxanul_nemo.validation.early_stop import early_stop_tokens
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
 from yxanul_nemo.validation.record import find_result, phase_result_path
 from yxanul_nemo.validation.table import table
@@ -49,11 +50,6 @@ class Stopped(Exception):
         self.exit_code = 128 + received if received == signal.SIGINT else 0
 
 
-def _lone_stage(stage: str | list[str]) -> str | None:
-    name = stage if isinstance(stage, str) else stage[0] if len(stage) == 1 else None
-    return name if name in LONE_STAGES else None
-
-
 def selected_stages(stage: str | list[str]) -> list[str]:
     """The stages meant by `stage=...`, in pipeline order."""
     asked = [stage] if isinstance(stage, str) else list(stage)
@@ -76,7 +72,7 @@ def run_stages(config: RunConfig) -> None:
         StageFailed: a worker failed.
         Stopped: stopped on request; what is finished and the state of training are kept.
     """
-    if (lone := _lone_stage(config.stage)) is not None:
+    if (lone := lone_stage(config)) is not None:
         if not run_lone_stage(config, lone):
             raise StageFailed(f"stage={lone}: this recipe cannot run here, see above", exit_code=1)
         return
@@ -198,7 +194,8 @@ class Chain:
         if newest is None:
             return False
         if task.kind == "train":
-            return self._is_trained(task.phase, newest)
+            stopped = early_stop_tokens(self.config)
+            return self._is_trained(task.phase, newest) or (stopped is not None and newest.tokens >= stopped)
         if task.kind == "validate":
             return find_result(self.config, newest) is not None
         return is_exported(self.config, newest)

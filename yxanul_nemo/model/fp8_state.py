@@ -8,10 +8,13 @@ of the model's layers; they exist after the first forward and backward.
 import importlib.util
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
+
+from yxanul_nemo.config.training import PrecisionConfig
 
 
 def scaling_tensors() -> Iterator[tuple[str, Tensor]]:
@@ -44,3 +47,14 @@ def forget_fp8_state() -> None:
     # Megatron-core writes its choice of attention into these and refuses another one in the same process.
     for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(variable, None)
+
+
+@contextmanager
+def scaling_state_kept(precision: PrecisionConfig) -> Iterator[None]:
+    """Put the state back at the end of the block: a forward pass in it, also without gradients, notes largest values of its own."""
+    kept = [(tensor, tensor.clone()) for _, tensor in scaling_tensors()] if precision.is_fp8 else []
+    try:
+        yield
+    finally:
+        for tensor, before in kept:
+            tensor.copy_(before)

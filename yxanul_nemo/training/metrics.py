@@ -61,10 +61,11 @@ class StepMeter:
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * (~applied).long()
         self.grad_norm = grad_norm
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was just spent on a checkpoint; it is recorded on its own."""
+    def pause(self, seconds: float, validating: bool = False) -> None:
+        """Leave out time that was just spent on a checkpoint, which is recorded on its own, or on a validation, which is too."""
         self.began += seconds
-        self.save_seconds += seconds
+        if not validating:
+            self.save_seconds += seconds
 
     def record(self) -> dict[str, float]:
         """Means over the interval's applied steps; the gradient norm is that of the last step. Starts the next interval.

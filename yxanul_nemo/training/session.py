@@ -29,6 +29,7 @@ from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.training.adapt import adapted_blend, ratios_after
 from yxanul_nemo.training.agreement import any_rank, failing_together, from_first_rank
 from yxanul_nemo.training.backend import Backend, make_backend
 from yxanul_nemo.training.callbacks import BetweenSteps
@@ -44,7 +45,8 @@ from yxanul_nemo.training.phases import (
     total_tokens,
 )
 from yxanul_nemo.training.signals import StopNow, StopRequest
-from yxanul_nemo.validation.record import phase_result_path
+from yxanul_nemo.training.validating import ValidateWithin
+from yxanul_nemo.validation.record import metric_of, phase_result_path
 from yxanul_nemo.validation.stage import validate_model
 from yxanul_nemo.validation.table import table
 
@@ -132,7 +134,16 @@ class PhaseSession:
                 f"the end of phase {number - 1}",
                 f"Run `python launcher.py stage=train` without phases=, or with phases={max(1, ledger.phase)}-{number}.",
             )
-        return ledger.start_phase(phase_plan(self.phase), self.layout.micro_batch_size, self.world_size)
+        return ledger.start_phase(
+            phase_plan(self.phase), self.layout.micro_batch_size, self.world_size, self._adapted_blend(ledger)
+        )
+
+    def _adapted_blend(self, ledger: Ledger) -> dict[str, float] | None:
+        """The shares of the phase that begins, where `curriculum.adapt_blend` moves them; not of the first, before any validation."""
+        if not self.config.curriculum.adapt_blend or ledger.phase == 0:
+            return None
+        ratios = from_first_rank(lambda: ratios_after(self.config.run.dir, ledger.phase, ledger.tokens_total))
+        return adapted_blend(self.config, self.phase.blend, self.sizes, ratios)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         ShardReader(checkpoint.path).load_into(self._state())
@@ -151,7 +162,7 @@ class PhaseSession:
         }
         current = self.ledger.current.tokens_per_source
         before = [self.ledger.tokens_per_source.get(name, 0) - current.get(name, 0) for name in names]
-        self.shares = normalized_shares(names, self.phase.blend, self.sizes)
+        self.shares = normalized_shares(names, self.ledger.current.adapted_blend or self.phase.blend, self.sizes)
         return PhaseWindows(open_streams(shards, self.config.data.seed), self.shares, before, self.phase.seq_len)
 
     def _train(self, first_step: int, stop: StopRequest) -> PhaseModule:
@@ -188,7 +199,10 @@ class PhaseSession:
             plugins=[LightningEnvironment()],
             max_epochs=1,
             logger=self._loggers(),
-            callbacks=[BetweenSteps(config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop)],
+            callbacks=[
+                *self._validating(stop),
+                BetweenSteps(config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop),
+            ],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -198,6 +212,11 @@ class PhaseSession:
         )
         trainer.fit(module, DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda"))
         return module
+
+    def _validating(self, stop: StopRequest) -> list[pl.Callback]:
+        if self.config.validation.every_tokens is None:
+            return []
+        return [ValidateWithin(self.config, self.manifest, self.device, stop)]
 
     def _torch_device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")
@@ -240,7 +259,8 @@ class PhaseSession:
         assert checkpoint is not None and checkpoint.phase_end, "the phase's end was just saved or loaded"
         result = validate_model(self.config, self.manifest, self.backend.model, checkpoint, self.device)
         if self.rank == 0:
-            self.store.mark_best(checkpoint, "mean_bits_per_byte", result["mean_bits_per_byte"])
+            metric = self.config.validation.best_metric
+            self.store.mark_best(checkpoint, metric, metric_of(result, metric))
             # Last, because the phase counts as done by it.
             write_json_atomic(phase_result_path(self.config.run.dir, self.phase.number), result)
             logger.info("validation after phase %d:\n%s", self.phase.number, table(result))

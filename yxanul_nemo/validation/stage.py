@@ -1,4 +1,6 @@
-"""`stage=validate`: the newest good checkpoint of a run on all domains."""
+"""`stage=validate`: the newest good checkpoint of a run on all domains; and the run's model while it is trained."""
+
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -10,16 +12,19 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.training.phases import plan_phases
 from yxanul_nemo.training.restore import restore_model
 from yxanul_nemo.validation.domains import load_domains
-from yxanul_nemo.validation.record import checkpoint_result_path, settings_fingerprint
-from yxanul_nemo.validation.validate import validate
+from yxanul_nemo.validation.record import checkpoint_result_path, metric_of, settings_fingerprint
+from yxanul_nemo.validation.scoring import Document
+from yxanul_nemo.validation.validate import Domains, score_domains, summarize, validate
 
 
 def validate_checkpoint(config: RunConfig) -> None:
     """Score the newest good checkpoint and keep the result in `validation/<checkpoint>.json`."""
     manifest = load_manifest(config.data_dir)
-    checkpoint = CheckpointStore(config.run.dir / "checkpoints", verify=config.checkpoint.verify).newest_good()
+    store = CheckpointStore(config.run.dir / "checkpoints", verify=config.checkpoint.verify)
+    checkpoint = store.newest_good()
     if checkpoint is None:
         raise UserError(
             config.run.dir / "checkpoints", "holds no checkpoint", fix="Run `python launcher.py stage=train` first."
@@ -28,6 +33,8 @@ def validate_checkpoint(config: RunConfig) -> None:
     model = restore_model(config, checkpoint, manifest.vocab_size, config.precision, config.parallel)
     result = validate_model(config, manifest, model, checkpoint, device)
     if torch.distributed.get_rank() == 0:
+        metric = config.validation.best_metric
+        store.mark_best(checkpoint, metric, metric_of(result, metric))
         write_json_atomic(checkpoint_result_path(config.run.dir, checkpoint), result)
 
 
@@ -35,23 +42,35 @@ def validate_model(
     config: RunConfig, manifest: CorpusManifest, model: torch.nn.Module, checkpoint: Checkpoint, device: str
 ) -> dict:
     """Validate `model`, which holds the weights of `checkpoint`; every data-parallel rank takes part and gets the result."""
-    tokenizer = Tokenizer.load(config.run.dir / "tokenizer")
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise UserError(config.run.dir / "tokenizer", "is not the tokenizer of the data", fix="Run stage=data again.")
     model.eval()
-    result = validate(
-        model,
-        load_domains(config, manifest, tokenizer),
-        config.validation,
-        eos_id=manifest.eos_id,
-        device=device,
-        group=parallel_state.get_data_parallel_group(),
-    )
+    domains = run_domains(config, manifest)
+    phases = plan_phases(config.curriculum)
+    seq_len = phases[checkpoint.phase - 1].seq_len if 1 <= checkpoint.phase <= len(phases) else None
     return {
         "checkpoint": checkpoint.path.name,
         "checkpoint_digest": checkpoint.manifest.digest,
         "settings_fingerprint": settings_fingerprint(config),
         "tokens_total": checkpoint.tokens,
         "phase": checkpoint.phase,
-        **result,
+        **validate_at_lengths(config, manifest.eos_id, model, domains, seq_len, device),
     }
+
+
+def run_domains(config: RunConfig, manifest: CorpusManifest) -> dict[str, list[Document]]:
+    """The configured domains in the run's tokens; UserError if its tokenizer is not that of its data."""
+    tokenizer = Tokenizer.load(config.run.dir / "tokenizer")
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise UserError(config.run.dir / "tokenizer", "is not the tokenizer of the data", fix="Run stage=data again.")
+    return load_domains(config, manifest, tokenizer)
+
+
+def validate_at_lengths(
+    config: RunConfig, eos_id: int, model: torch.nn.Module, domains: Domains, seq_len: int | None, device: str
+) -> dict[str, Any]:
+    """`validate` at the fixed length and, as `at_phase_len`, in windows without overlap of the phase's `seq_len` (None: unknown)."""
+    group, settings = parallel_state.get_data_parallel_group(), config.validation
+    result = validate(model, domains, settings, eos_id=eos_id, device=device, group=group)
+    if settings.at_phase_len and seq_len not in (None, settings.eval_len):
+        nats = score_domains(model, domains, seq_len, seq_len, settings.batch_tokens, eos_id, device, group)
+        result["at_phase_len"] = summarize(domains, nats, seq_len, seq_len)
+    return result

@@ -7,14 +7,17 @@ of the model's layers; they exist after the first forward and backward.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
 from yxanul_nemo.config.training import PrecisionConfig
+
+PREFIX = "fp8."
 
 
 def scaling_tensors() -> Iterator[tuple[str, Tensor]]:
@@ -26,7 +29,7 @@ def scaling_tensors() -> Iterator[tuple[str, Tensor]]:
         for key, tensors in buffers.items():
             direction = "forward" if key.startswith("forward") else "backward"
             for i, tensor in enumerate(tensors):
-                yield f"fp8.{direction}.{i}.{kind}", tensor
+                yield f"{PREFIX}{direction}.{i}.{kind}", tensor
 
 
 def sharded_fp8_state() -> dict[str, ShardedTensor]:
@@ -47,6 +50,18 @@ def forget_fp8_state() -> None:
     # Megatron-core writes its choice of attention into these and refuses another one in the same process.
     for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(variable, None)
+
+
+def without_absent_scales(state: Mapping[str, Any], present: Collection[str]) -> dict[str, Any]:
+    """`state` less the scaling tensors where a checkpoint has none at all: an imported one, or one of training in another precision.
+
+    Args:
+        present: names of the tensors in the checkpoint. If it has some scaling tensors, the state stays whole, so that a damaged
+            checkpoint, or one of another number of layers, is still refused.
+    """
+    if any(name.startswith(PREFIX) for name in present):
+        return dict(state)
+    return {name: value for name, value in state.items() if not name.startswith(PREFIX)}
 
 
 @contextmanager

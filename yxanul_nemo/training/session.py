@@ -28,6 +28,7 @@ from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.model.fp8_state import without_absent_scales
 from yxanul_nemo.runtime import resolve_device
 from yxanul_nemo.training.adapt import adapted_blend, ratios_after
 from yxanul_nemo.training.agreement import any_rank, failing_together, from_first_rank
@@ -146,8 +147,13 @@ class PhaseSession:
         return adapted_blend(self.config, self.phase.blend, self.sizes, ratios)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        ShardReader(checkpoint.path).load_into(self._state())
+        reader, state = ShardReader(checkpoint.path), self._state()
+        held = without_absent_scales(state, reader.keys())
+        reader.load_into(held)
         self.backend.after_load()
+        if len(held) < len(state):
+            logger.info("%s has no FP8 scales; they start afresh, from passes with its weights", checkpoint.path)
+            self.backend.prepare(self.layout.micro_batch_size, self.layout.accumulation, self.phase.seq_len)
         self.checkpoint = checkpoint
         logger.info("loaded %s (%s tokens)", checkpoint.path, f"{checkpoint.tokens:,}")
 

@@ -19,7 +19,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.export import Exporter, chosen_checkpoint, export_checkpoint
 from yxanul_nemo.export.llama import load_folder
-from yxanul_nemo.export.parity import ParityError, expect_weights_rounded, fixed_prompts
+from yxanul_nemo.export.parity import ParityError, check_parity, expect_weights_rounded, fixed_prompts
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.files import sha256_file
 from yxanul_nemo.launch.stages import run_stages
@@ -78,10 +78,13 @@ def test_the_record_names_every_file_and_what_was_measured(exported: tuple[RunCo
     for name, entry in record["files"].items():
         assert entry == {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         assert (folder / name).stat().st_mode & 0o777 == 0o644, name
-    assert record["parity"]["model.nemo"] == {
-        "max_logit_difference": 0.0, "equal_greedy_tokens": 64, "rounding_logit_difference": 0.0
+    of_nemo, of_hf = record["parity"]["model.nemo"], record["parity"]["hf"]
+    assert of_nemo == {
+        "max_logit_difference": 0.0, "fp32_logit_difference": 0.0, "fp32_rounding": of_hf["fp32_rounding"],
+        "equal_greedy_tokens": 64, "rounding_logit_difference": 0.0,
     }  # fmt: skip
-    assert 0 < record["parity"]["hf"]["max_logit_difference"] < 1e-4
+    assert 0 < of_hf["max_logit_difference"] < of_hf["fp32_logit_difference"] < 1e-4
+    assert 0 < of_hf["fp32_rounding"] < 1e-4
     assert record["parity"]["hf"]["equal_greedy_tokens"] == 64
     standard = {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"
@@ -198,6 +201,28 @@ def test_a_failed_proof_keeps_the_older_export(make_run: MakeRun) -> None:
         damaging(flip_nemo)(config).run()
     assert snapshot(config.run.dir / "export") == before
     assert not (config.run.dir / "export.old").exists()
+
+
+@torch.no_grad()
+def test_an_export_that_is_right_but_poor_in_fp32_fails(exported: tuple[RunConfig, Checkpoint]) -> None:
+    """Exact in FP64; in FP32 its logits come out of a detour over large numbers, as a badly ordered sum would make them."""
+    model = model_of(*exported)
+    ids_BT = fixed_prompts(model.real_vocab_size, eos_id=0)
+    expected = expect_weights_rounded(model, ids_BT, torch.float32)
+    check_parity("it", expected, model)
+
+    class Poor(torch.nn.Module):
+        def __init__(self, detour: float):
+            super().__init__()
+            self.model, self.detour = model, detour
+
+        def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+            logits = self.model(ids_BT).to(next(self.model.parameters()).dtype)
+            return (logits + self.detour) - self.detour
+
+    assert check_parity("it", expected, Poor(10.0))["max_logit_difference"] < 1e-5
+    with pytest.raises(ParityError, match=r"it in FP32: logits differ by .*allowed are 0\.0001"):
+        check_parity("it", expected, Poor(1e5))
 
 
 def rounded(model: YxanulGPT) -> dict[str, torch.Tensor]:

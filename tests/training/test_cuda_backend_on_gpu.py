@@ -9,7 +9,7 @@ from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.model.build import build_model
-from yxanul_nemo.model.fp8_state import scaling_tensors
+from yxanul_nemo.model.fp8_state import scaling_state_kept, scaling_tensors, without_absent_scales
 
 pytestmark = pytest.mark.gpu
 
@@ -112,6 +112,36 @@ def test_training_goes_on_from_a_checkpoint_with_all_its_state(tmp_path: Path, p
         assert torch.equal(loaded[name], tensor), name
     assert any(not torch.equal(t, torch.ones_like(t)) for n, t in scales.items() if n.endswith("scale")) or not scales
     assert losses(second, range(20, 25)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_bf16_checkpoint_goes_on_in_fp8_with_fresh_scales(tmp_path: Path) -> None:
+    first = backend(config("precision=bf16"))
+    losses(first, range(60))
+    save_shards(first.sharded_state(), tmp_path, 0)
+    expected = losses(first, range(60, 80))
+    second = backend(config("precision=fp8_hybrid"))
+    reader, state = ShardReader(tmp_path), second.sharded_state()
+    held = without_absent_scales(state, reader.keys())
+    assert len(held) < len(state)
+    reader.load_into(held)
+    second.after_load()
+    second.prepare(16, 2, 128)
+    assert losses(second, range(60, 80)) == pytest.approx(expected, rel=5e-2)
+
+
+def test_a_forward_between_steps_leaves_fp8_training_as_it_was() -> None:
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    settings = config("precision=fp8_hybrid", "parallel.cuda_graph=false")
+    expected = losses(backend(settings), range(12))
+    FP8GlobalStateManager.reset()
+    made = backend(settings)
+    seen = losses(made, range(6))
+    with scaling_state_kept(settings.precision), torch.no_grad():
+        made.model.eval()
+        made.model(torch.full((4, 512), 7, device="cuda"), torch.full((4, 512), 8, device="cuda"))
+        made.model.train()
+    assert seen + losses(made, range(6, 12)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

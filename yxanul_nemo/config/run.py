@@ -108,6 +108,12 @@ class RunConfig(Section):
                 f"model.kv_groups={self.model.kv_groups} is not a multiple of parallel.tensor_parallel={self.parallel.tensor_parallel}"
             )
         _check_fp8_widths(self.model, self.precision, self.parallel)
+        if self.model.hidden_size % self.model.num_attention_heads:
+            # transformers 5.23 checks this even where head_dim is given, and every export is compared with its Llama.
+            raise ValueError(
+                f"model.hidden_size={self.model.hidden_size} is not a multiple of model.num_attention_heads="
+                f"{self.model.num_attention_heads}; such a model could be trained, but not exported as a Llama"
+            )
         return self
 
 

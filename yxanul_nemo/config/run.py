@@ -14,7 +14,7 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
 from yxanul_nemo.config.plan import PlanConfig
 from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
-from yxanul_nemo.config.use import GenerateConfig
+from yxanul_nemo.config.use import EvaluateConfig, GenerateConfig
 
 
 class RunSection(Section):
@@ -48,11 +48,12 @@ class RunConfig(Section):
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
     generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     stage: str | list[str] = "all"
     """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or another stage alone."""
     from_: str | list[str] | None = Field(default=None, alias="from")
-    """Model for stage=generate, import and validate: a run's or checkpoint's folder, a .nemo file or a Hugging Face folder; validate
-    compares two. Unset: the run's own."""
+    """Model for stage=generate, evaluate, import and validate: a run's or checkpoint's folder, a .nemo file or a Hugging Face folder;
+    validate compares two. Unset: the run's own."""
     prompt: str = ""
     """Beginning of the text that stage=generate writes."""
     phases: str | int | None = Field(default=None)

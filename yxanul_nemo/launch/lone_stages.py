@@ -7,8 +7,8 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import configure_logging
 
-LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers", "generate", "import")
-WITH_SOURCES = ("generate", "import", "validate")
+LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers", "generate", "evaluate", "import")
+WITH_SOURCES = ("generate", "evaluate", "import", "validate")
 """Stages that `from` says something to."""
 
 
@@ -64,6 +64,10 @@ def _use_models(config: RunConfig, name: str) -> None:
         from yxanul_nemo.export.generate import run_generate_stage
 
         run_generate_stage(config)
+    elif name == "evaluate":
+        from yxanul_nemo.evaluation.stage import run_evaluate_stage
+
+        run_evaluate_stage(config)
     elif name == "import":
         from yxanul_nemo.export.import_model import run_import_stage
 

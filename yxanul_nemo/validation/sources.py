@@ -37,7 +37,7 @@ def validate_sources(config: RunConfig) -> None:
     results, nats = zip(*(_score(config, source, documents) for source in sources), strict=True)
     folder = config.run.dir / "validation" / "from"
     record: dict[str, Any] = {"models": list(results)}
-    name = "-vs-".join(_slug(source) for source in sources)
+    name = "-vs-".join(slug(source) for source in sources)
     if len(sources) == 2:
         differences = paired_bootstrap(
             {domain: (nats[0][domain], nats[1][domain]) for domain in documents},
@@ -90,7 +90,7 @@ def _tokenized(tokenizer: Tokenizer, texts: list[str]) -> list[Document]:
     ]
 
 
-def _slug(source: Path) -> str:
+def slug(source: Path) -> str:
     """A file name that tells where a model lies."""
     parts = [part for part in source.absolute().parts[-3:] if part not in ("/", "checkpoints", "export")]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(parts))

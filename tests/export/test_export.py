@@ -308,6 +308,13 @@ def test_the_checkpoint_to_export_is_the_one_that_is_named(make_run: MakeRun) ->
     latest = config.model_copy(update={"export": config.export.model_copy(update={"checkpoint": "latest"})})
     assert not is_exported(latest, newer)
     assert chosen_checkpoint(latest) == newer
+    by_name = config.model_copy(update={"export": config.export.model_copy(update={"checkpoint": first.path.name})})
+    assert chosen_checkpoint(by_name) == first
+    assert not is_exported(by_name, newer), "the settings are part of the record"
+    absent = config.model_copy(update={"export": config.export.model_copy(update={"checkpoint": "tokens_" + "9" * 15})})
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        chosen_checkpoint(absent)
+    assert not is_exported(absent, newer)
     assert chosen_checkpoint(config) == first
 
 

@@ -108,7 +108,7 @@ class ExportConfig(Section):
     """`nemo`: NeMo's tar; `hf`: a standard Llama folder; `gguf`: llama.cpp's file (needs `uv sync --extra gguf`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the exported weights."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Which checkpoint of the run is exported."""
+    checkpoint: str = Field(default="latest", pattern=r"^(latest|best|tokens_[0-9]{15})$")
+    """Which checkpoint of the run is exported: latest, best, or the name of its folder."""
     factorized: bool = False
     """`hf` keeps the embedding's two small matrices, with the code that reads them in the folder, instead of a standard Llama."""

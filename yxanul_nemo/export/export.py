@@ -29,7 +29,7 @@ from yxanul_nemo.export.parity import (
     require_exportable,
 )
 from yxanul_nemo.export.publish import list_files, recover_folder, replace_folder, sync_folder
-from yxanul_nemo.export.record import write_record
+from yxanul_nemo.export.record import named_checkpoint, write_record
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
@@ -165,6 +165,8 @@ def chosen_checkpoint(config: RunConfig) -> Checkpoint:
         raise UserError(store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
     if config.export.checkpoint == "latest":
         return newest
+    if config.export.checkpoint != "best":
+        return named_checkpoint(store, config.export.checkpoint)
     best = store.best()
     if best is None:
         raise UserError(

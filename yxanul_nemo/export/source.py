@@ -17,6 +17,7 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import llama_config, to_llama
 from yxanul_nemo.export.hf_folder import CONFIG_NAME, open_hf_folder
 from yxanul_nemo.export.llama import build_llama
+from yxanul_nemo.export.record import named_checkpoint
 from yxanul_nemo.model.nemo_archive import open_archive
 
 SOURCES = "the folder of a run or of a checkpoint, a .nemo file, or a Hugging Face folder"
@@ -50,7 +51,7 @@ def load_source(source: Path, checkpoint: str = "best", device: str = "auto") ->
     elif (source / "checkpoints").is_dir():
         loaded = _from_checkpoint(_chosen(source / "checkpoints", checkpoint))
     elif source.parent.name == "checkpoints" and source.is_dir():
-        loaded = _from_checkpoint(_named(source))
+        loaded = _from_checkpoint(named_checkpoint(CheckpointStore(source.parent), source.name))
     else:
         raise UserError(source, "does not exist" if not source.exists() else "holds no model", SOURCES)
     loaded.model.to(target, torch.bfloat16 if target.type == "cuda" else torch.float32)
@@ -94,15 +95,6 @@ def _chosen(root: Path, which: str) -> Checkpoint:
     if checkpoint is None:
         raise UserError(root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
     return checkpoint
-
-
-def _named(path: Path) -> Checkpoint:
-    store = CheckpointStore(path.parent)
-    found = next((checkpoint for checkpoint in store.list() if checkpoint.path.name == path.name), None)
-    if found is None:
-        raise UserError(path, "is no complete checkpoint", "a folder that training committed")
-    store.check(found)
-    return found
 
 
 def _resolve_device(device: str) -> torch.device:

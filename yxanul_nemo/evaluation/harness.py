@@ -12,7 +12,7 @@ from yxanul_nemo.export.source import Loaded
 from yxanul_nemo.log import logger
 
 # Not an extra of this project: it needs another version of python-dateutil, whose text is in the demo's corpus.
-HOW_TO_INSTALL = "Run the same command as `uv run --with lm-eval python launcher.py ...`."
+HOW_TO_INSTALL = "Run the same command as `uv run --with 'lm-eval[hf]' python launcher.py ...`."
 
 
 def require_harness() -> None:

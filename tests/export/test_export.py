@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.manifest import load_manifest
 from data_prep.tokenizer import Tokenizer
@@ -265,6 +266,21 @@ def test_bf16_exports_are_the_rounded_model_to_fp32_accuracy(make_run: MakeRun) 
     config_json = json.loads((folder / "hf" / "config.json").read_text())
     assert config_json["dtype"] == "bfloat16"
     assert {weight.dtype for weight in load_file(folder / "hf" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_the_folder_has_the_names_and_shapes_that_serving_engines_look_for(
+    exported: tuple[RunConfig, Checkpoint],
+) -> None:
+    """vLLM and others read config.json and the tensors by transformers' names, without transformers' own leniency."""
+    folder = exported[0].run.dir / "export" / "hf"
+    described = LlamaConfig.from_pretrained(folder)
+    assert described.architectures == ["LlamaForCausalLM"] and described.tie_word_embeddings
+    with torch.device("meta"):
+        expected = LlamaForCausalLM(described).state_dict()
+    # A tied head is not stored a second time.
+    del expected["lm_head.weight"]
+    stored = load_file(folder / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in stored.items()} == {n: t.shape for n, t in expected.items()}
 
 
 @torch.no_grad()

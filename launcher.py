@@ -1,5 +1,6 @@
 """Entry point: `python launcher.py recipe=NAME stage=STAGE key=value ...`; without arguments it runs the demo from text to export."""
 
+import signal
 import sys
 
 import hydra
@@ -48,6 +49,9 @@ def main(composed: DictConfig) -> None:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        # In a stage that runs alone, such as a text that is long enough.
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

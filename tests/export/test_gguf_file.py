@@ -16,7 +16,7 @@ from yxanul_nemo.checkpoint.store import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.export import Exporter, export_checkpoint
-from yxanul_nemo.export.gguf_file import require_expressible
+from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.parity import ParityError
 from yxanul_nemo.model.gpt import YxanulGPT
 

@@ -1,5 +1,6 @@
 """Stages in order, and what the launcher says and ends with where something stands in its way."""
 
+import json
 import os
 import re
 import shutil
@@ -98,6 +99,19 @@ def test_validation_files_are_looked_at_before_training(run_dir: Path) -> None:
     assert done.returncode == 2, done.stdout
     assert "validation.domains.extra.path: validation/absent.parquet does not exist" in done.stdout
     assert not (run_dir / "config.yaml").exists() and not list(run_dir.glob("logs/phase*"))
+
+
+def test_a_format_that_the_tokenizer_cannot_have_is_refused_before_training(run_dir: Path) -> None:
+    path = run_dir / "tokenizer" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["pre_tokenizer"]["pretokenizers"].pop(0)
+    path.write_text(json.dumps(described))
+    done = launch("stage=[train,export]", f"run.dir={run_dir}", "export.formats=[gguf]")
+    assert done.returncode == 2, done.stdout
+    assert (
+        "export.formats: has gguf, and the tokenizer cuts text in a way that llama.cpp has no name for" in done.stdout
+    )
+    assert not list(run_dir.glob("logs/phase*"))
 
 
 def test_an_early_stop_ends_training_and_the_chain_goes_on(run_dir: Path) -> None:

@@ -18,7 +18,8 @@ from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import llama_config, to_llama
 from yxanul_nemo.export.formats import model_card, write_hf, write_nemo
-from yxanul_nemo.export.gguf_file import load_gguf, require_expressible, write_gguf
+from yxanul_nemo.export.gguf_file import load_gguf, write_gguf
+from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.llama import load_folder
 from yxanul_nemo.export.parity import (
     check_parity,

@@ -6,11 +6,13 @@ from typing import Any
 
 from data_prep.manifest import MANIFEST_NAME, load_manifest
 from data_prep.prepare import run_data_stage
+from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError, nearest
+from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.files import write_json_atomic, write_text_atomic
 from yxanul_nemo.launch.environment import write_environment
@@ -149,6 +151,9 @@ class Chain:
         sizes = source_sizes(config, manifest)
         if any(task.kind != "export" for task in todo):
             check_heldout(config.validation, manifest)
+        if any(task.kind == "export" for task in todo) and "gguf" in config.export.formats:
+            folder = config.run.dir / "tokenizer"
+            require_expressible(Tokenizer.load(folder), folder)
         if "train" not in self.stages:
             return
         phases = plan_phases(config.curriculum)

@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 from data_prep.manifest import CorpusManifest
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.fp8_state import scaling_state_kept
-from yxanul_nemo.training.agreement import any_rank, from_first_rank
+from yxanul_nemo.training.agreement import any_rank, failing_together, from_first_rank
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.signals import StopRequest
 from yxanul_nemo.validation.early_stop import early_stop_tokens
@@ -74,14 +75,15 @@ class ValidateWithin(pl.Callback):
             model.train()
         seconds = time.perf_counter() - began
         module.meter.pause(seconds, validating=True)
-        if dist.get_rank() == 0:
-            about = {
-                "settings_fingerprint": settings_fingerprint(config),
-                "documents_per_domain": config.validation.every_documents,
-                "tokens_total": tokens,
-                "phase": phase.number,
-            }
-            write_json_atomic(in_phase_result_path(config.run.dir, phase.number, tokens), about | result)
+        about = {
+            "settings_fingerprint": settings_fingerprint(config),
+            "documents_per_domain": config.validation.every_documents,
+            "tokens_total": tokens,
+            "phase": phase.number,
+        }
+        with failing_together(), disk_errors(config.run.dir, "writing a validation result"):
+            if dist.get_rank() == 0:
+                write_json_atomic(in_phase_result_path(config.run.dir, phase.number, tokens), about | result)
         record = {"validation_mean_bits_per_byte": result["mean_bits_per_byte"]}
         record |= {f"validation_bits_per_byte_{n}": score["bits_per_byte"] for n, score in result["domains"].items()}
         for sink in trainer.loggers:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-CHUNK_LOGITS_BYTES = 64 << 20
+CHUNK_LOGITS_BYTES = 256 << 20
 
 
 class LlamaLoss:

@@ -4,6 +4,7 @@ import json
 import socket
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from yxanul_nemo.checkpoint.store import Checkpoint
@@ -17,6 +18,7 @@ from yxanul_nemo.export.generate import Generated
 from yxanul_nemo.export.source import Loaded, load_source
 
 MIB = 1 << 20
+HUMANEVAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "validation" / "humaneval_validation.parquet"
 
 
 @pytest.mark.parametrize(
@@ -106,6 +108,14 @@ def test_what_is_outside_stays_as_it_is(tmp_path: Path, program: str) -> None:
 def test_files_may_be_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept")
     assert run_program(f"assert open({str(tmp_path / 'file')!r}).read() == 'kept'", 10, 512 * MIB).kind == "passed"
+
+
+@pytest.mark.skipif(not HUMANEVAL.is_file(), reason="HumanEval is not here")
+def test_humanevals_own_solutions_pass_and_empty_functions_fail() -> None:
+    for row in pq.read_table(HUMANEVAL).to_pylist()[::8]:
+        for body, kind in ((row["canonical_solution"], "passed"), ("    return None\n", "failed")):
+            program = f"{row['prompt']}{body}\n{row['test']}\ncheck({row['entry_point']})\n"
+            assert run_program(program, 10, 512 * MIB).kind == kind, row["task_id"]
 
 
 def write(folder: Path, name: str, rows: list[dict]) -> None:

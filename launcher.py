@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from yxanul_nemo.config.load import compose, parse, with_quoted_text
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
 
 OPTIONS_WITH_VALUE = {
@@ -55,6 +56,9 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    if {"--help", "-h"} & set(sys.argv):
+        print(help_text())
+        sys.exit()
     # Hydra ends with 1 and its own wording on a wrong override; composing first lets the project's words and exit code apply.
     sys.argv[1:] = with_quoted_text(sys.argv[1:])
     if not ONLY_HYDRA_CAN_READ & set(sys.argv):

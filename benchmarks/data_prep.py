@@ -1,16 +1,18 @@
-"""Speed of data preparation, end to end, beside the bare tokenizer and beside the usual way of doing it.
+"""Speed of data preparation, end to end, beside the bare tokenizer and beside Megatron-LM's tool.
 
-    python -m benchmarks.data_prep --input 'corpus/*.parquet' --tokenizer runs/demo/tokenizer --workers 2 --rounds 3
+    python -m benchmarks.data_prep --input c4_validation_2k.parquet --copies 16 --tokenizer runs/RUN/tokenizer --workers 2 --rounds 5
 
 Variants, each in a process of its own, taking turns so that a busy machine slows them alike:
 
 - `prepare`: `data_prep` from parquet to .bin/.idx, split, hashes, fsync and manifest, start of worker processes included.
 - `bare`: `tokenizers.Tokenizer.encode_batch_fast` on the same texts, already in memory, with as many threads; nothing is written.
-- `per-document`: a process pool that encodes one document at a time from JSON lines and writes with Megatron's own builder: the
-  method of Megatron-LM's `tools/preprocess_data.py`, whose checkout is used instead where `--megatron-lm` names one.
+- `preprocess_data`: what Megatron-LM's `tools/preprocess_data.py --append-eod --workers N` does, from JSON lines: a pool of processes
+  that encode one document at a time with Megatron-core's own Hugging Face tokenizer, and its `IndexedDatasetBuilder`. The script is
+  not in Megatron-core's package; `--megatron-lm FOLDER` runs the one of a checkout.
 
-Figures are megabytes (10^6 bytes of UTF-8 text) per second of wall time, the best of the rounds and all of them, and the
-processor time of all processes together, which a busy machine disturbs less.
+Imports, and loading the tokenizer in the first process, are not counted. Figures are medians over the rounds: megabytes (10^6 bytes of
+UTF-8 text) per second of wall time, the same by round, and processor time of all processes together. With more than one copy the
+input is the same text again in another order, so that later copies are encoded as in a long run, from a memory that knows most words.
 """
 
 import argparse
@@ -18,7 +20,9 @@ import functools
 import json
 import multiprocessing
 import os
+import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,10 +31,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
-VARIANTS = ("prepare", "bare", "per-document")
+VARIANTS = ("prepare", "bare", "preprocess_data")
 DOCUMENTS_PER_BATCH = 1000
 
 
@@ -93,8 +99,8 @@ def run_bare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return clock.stop() | {"bytes": sum(len(text.encode()) for text in texts), "tokens": tokens}
 
 
-def run_per_document(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """JSON lines, a pool of processes, one document per call, Megatron's builder."""
+def run_preprocess_data(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Megatron-LM's way, from JSON lines."""
     lines = folder / "input.jsonl"
     size = 0
     with open(lines, "w", encoding="utf-8") as handle:
@@ -105,14 +111,15 @@ def run_per_document(options: argparse.Namespace, folder: Path) -> dict[str, Any
         return _megatron_lm(options, folder, lines) | {"bytes": size}
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    vocab_size = _megatron_tokenizer(options.tokenizer).vocab_size
     clock = Clock()
-    vocab_size = _library(options.tokenizer).get_vocab_size()
+    pool = multiprocessing.get_context("fork").Pool(options.workers, _start_encoder, (options.tokenizer,))
     builder = IndexedDatasetBuilder(str(folder / "out.bin"), dtype=DType.optimal_dtype(vocab_size))
     tokens = 0
-    pool = multiprocessing.get_context("fork").Pool(options.workers, _start_encoder, (options.tokenizer,))
     with open(lines, encoding="utf-8") as handle:
-        for ids in pool.imap(_encode_line, handle, 32):
-            builder.add_document(ids, [len(ids)])
+        for ids, lengths in pool.imap(_encode_line, handle, 32):
+            builder.add_document(ids, lengths)
             tokens += len(ids)
     builder.finalize(str(folder / "out.idx"))
     pool.close()
@@ -141,23 +148,36 @@ def _library(folder: Path) -> Any:
     return tokenizer
 
 
+def _megatron_tokenizer(folder: Path) -> Any:
+    from megatron.core.tokenizers import MegatronTokenizer
+
+    return MegatronTokenizer.from_pretrained(tokenizer_path=str(folder), metadata_path={"library": "huggingface"})
+
+
 def _start_encoder(folder: Path) -> None:
-    global encoder, eos_id  # The way of multiprocessing.Pool to keep a value in a worker.
-    from data_prep.tokenizer import Tokenizer
-
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoder, eos_id = _library(folder), Tokenizer.load(folder).eos_id
+    global encoder  # The way of multiprocessing.Pool to keep a value in a worker.
+    encoder = _megatron_tokenizer(folder)
 
 
-def _encode_line(line: str) -> list[int]:
-    return [*encoder.encode(json.loads(line)["text"], add_special_tokens=False).ids, eos_id]
+def _encode_line(line: str) -> tuple[list[int], list[int]]:
+    ids = list(encoder.tokenize(json.loads(line)["text"]))
+    ids.append(encoder.eod)
+    return ids, [len(ids)]
 
 
 RUN: dict[str, Callable[[argparse.Namespace, Path], dict[str, Any]]] = {
     "prepare": run_prepare,
     "bare": run_bare,
-    "per-document": run_per_document,
+    "preprocess_data": run_preprocess_data,
 }
+
+
+def _write_copies(pattern: str, copies: int, folder: Path) -> None:
+    """One shard for each copy, its texts in an order of its own."""
+    texts = list(texts_of(pattern))
+    for copy in range(copies):
+        random.Random(copy).shuffle(texts)
+        pq.write_table(pa.table({"text": texts}), folder / f"copy-{copy:03}.parquet")
 
 
 def measure(arguments: list[str], variant: str) -> dict[str, Any]:
@@ -176,6 +196,7 @@ def main(arguments: list[str]) -> None:
         "--input", required=True, metavar="PATH", help="shards with a `text` column: folder, glob or file"
     )
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER", help="folder with tokenizer.json")
+    parser.add_argument("--copies", type=int, default=1, help="how often the input is taken (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="cores for each variant (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each variant (default: %(default)s)")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help="variants to measure")
@@ -189,26 +210,33 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(result))
         return
     results: dict[str, list[dict[str, Any]]] = {variant: [] for variant in options.only}
-    for _ in range(options.rounds):
-        for variant in options.only:
-            results[variant].append(measure(arguments, variant))
+    with tempfile.TemporaryDirectory() as folder:
+        _write_copies(options.input, options.copies, Path(folder))
+        for _ in range(options.rounds):
+            for variant in options.only:
+                results[variant].append(measure([*arguments, "--input", folder], variant))
     counts = {(result["bytes"], result["tokens"]) for rounds in results.values() for result in rounds}
     if len(counts) != 1:
         raise RuntimeError(f"the variants disagree on (bytes, tokens): {sorted(counts)}")
     size, tokens = counts.pop()
-    table = Table(title=f"{size / 1e6:.1f} MB, {tokens:,} tokens, {options.workers} workers")
-    for column in ("variant", "MB/s", "tokens/s", "MB/s of all rounds", "CPU seconds"):
+    table = Table(
+        title=f"{size / 1e6:.1f} MB, {tokens:,} tokens, {options.workers} workers, load {os.getloadavg()[1]:.1f}"
+    )
+    for column in ("variant", "MB/s", "tokens/s", "time against\nprepare", "MB/s of all rounds", "CPU seconds"):
         table.add_column(column, justify="left" if column == "variant" else "right")
+    ours = results.get("prepare", [])
     for variant, rounds in results.items():
-        seconds = min(result["seconds"] for result in rounds)
+        seconds = statistics.median(result["seconds"] for result in rounds)
+        ratios = [other["seconds"] / one["seconds"] for one, other in zip(ours, rounds, strict=False)]
         table.add_row(
             variant,
             f"{size / 1e6 / seconds:.2f}",
             f"{tokens / seconds:,.0f}",
+            f"{statistics.median(ratios):.2f}" if ratios and variant != "prepare" else "",
             " ".join(f"{size / 1e6 / result['seconds']:.2f}" for result in rounds),
-            f"{min(result['cpu_seconds'] for result in rounds):.2f}",
+            f"{statistics.median(result['cpu_seconds'] for result in rounds):.2f}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
     if options.json is not None:
         options.json.write_text(json.dumps({"workers": options.workers, "results": results}, indent=2) + "\n")
 

@@ -12,7 +12,7 @@ from data_prep.indexed import token_dtype
 from data_prep.manifest import MANIFEST_NAME, CorpusManifest, SourceManifest, load_manifest
 from data_prep.pool import run_shards
 from data_prep.progress import ProgressDisplay
-from data_prep.shards import resolve_shards
+from data_prep.shards import InputShard, NoShardsError, resolve_shards
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.disk_errors import disk_error, disk_errors
 from yxanul_nemo.errors import UserError
@@ -48,12 +48,21 @@ def prepare_corpus(
     """
     with disk_errors(data_dir, "preparing data"), _only_process(data_dir):
         old = load_manifest(data_dir) if (data_dir / MANIFEST_NAME).exists() else None
-        tasks = {name: _tasks(data_dir, name, source, encoder, heldout_fraction) for name, source in sources.items()}
+        tasks = {
+            name: _tasks(data_dir, name, source, encoder, heldout_fraction, old) for name, source in sources.items()
+        }
         _remove_temporary_files(data_dir, sources)
         if old is not None:
             _refuse_other_corpus(data_dir, old, tasks)
         records = {task: record for group in tasks.values() for task in group if (record := _finished(task))}
         missing = [task for group in tasks.values() for task in group if task not in records]
+        if lost := {task.shard.name for task in missing if task.input_gone}:
+            raise UserError(
+                data_dir,
+                f"tokens of {_listed(lost)} are absent or cut short, and the parquet files they are made of are gone, too",
+                "one or the other",
+                "Bring the parquet files back and run the same command again.",
+            )
         if missing:
             records |= _run(data_dir, missing, encoder, load_encoder, _cores(workers), process_min_bytes)
         manifest = _manifest(
@@ -61,6 +70,7 @@ def prepare_corpus(
         )
         if manifest != old:
             manifest.save(data_dir)
+            _warn_of_copies(manifest)
         return manifest
 
 
@@ -96,8 +106,14 @@ def _remove_temporary_files(data_dir: Path, sources: Mapping[str, SourceConfig])
 
 
 def _tasks(
-    data_dir: Path, name: str, source: SourceConfig, encoder: Encoder, heldout_fraction: float
+    data_dir: Path,
+    name: str,
+    source: SourceConfig,
+    encoder: Encoder,
+    heldout_fraction: float,
+    old: CorpusManifest | None,
 ) -> list[ShardTask]:
+    """The source's shards; those of the finished corpus `old` where its input was removed since."""
     if not SOURCE_NAME.fullmatch(name):
         raise UserError(
             f"data.sources.{name}",
@@ -112,7 +128,16 @@ def _tasks(
         column=source.ids_column or source.text_column,
         holds_ids=source.ids_column is not None,
     )
-    shards = resolve_shards(source.path, f"data.sources.{name}.path")
+    try:
+        shards = resolve_shards(source.path, f"data.sources.{name}.path")
+    except NoShardsError:
+        if old is None or name not in old.sources:
+            raise
+        logger.warning("%s: the parquet files of %s are gone; going on with its finished tokens", source.path, name)
+        entries = old.sources[name].inputs
+        return [
+            ShardTask(data_dir, name, InputShard(Path(source.path), entry.file), options, True) for entry in entries
+        ]
     return [ShardTask(data_dir, name, shard, options) for shard in shards]
 
 
@@ -128,25 +153,30 @@ def _finished(task: ShardTask) -> ShardRecord | None:
     again = f"Prepare into another data.dir, or delete {folder} to prepare this source again."
     if changes := _changes(record.options, task.options):
         raise UserError(folder, f"was prepared with other settings: {changes}", "the same settings", again)
-    size, mtime_ns = input_stat(task.shard.path)
-    if size != record.input.bytes:
-        raise UserError(
-            task.shard.path,
-            f"has changed since it was prepared: {record.input.bytes} bytes then, {size} now",
-            "the same file",
-            again,
-        )
-    if mtime_ns != record.input_mtime_ns and (digest := input_sha256(task.shard.path)) != record.input.sha256:
-        raise UserError(
-            task.shard.path,
-            f"has changed since it was prepared: SHA-256 {record.input.sha256[:12]}... then, {digest[:12]}... now",
-            "the same file",
-            again,
-        )
+    if not task.input_gone:
+        _refuse_changed_input(task.shard.path, record, again)
     if not record.outputs_present(task.data_dir):
         logger.warning("%s: outputs of %s are absent or cut short; making them again", folder, task.shard.name)
         return None
     return record
+
+
+def _refuse_changed_input(path: Path, record: ShardRecord, again: str) -> None:
+    size, mtime_ns = input_stat(path)
+    if size != record.input.bytes:
+        raise UserError(
+            path,
+            f"has changed since it was prepared: {record.input.bytes} bytes then, {size} now",
+            "the same file",
+            again,
+        )
+    if mtime_ns != record.input_mtime_ns and (digest := input_sha256(path)) != record.input.sha256:
+        raise UserError(
+            path,
+            f"has changed since it was prepared: SHA-256 {record.input.sha256[:12]}... then, {digest[:12]}... now",
+            "the same file",
+            again,
+        )
 
 
 def _changes(old: ShardOptions, new: ShardOptions) -> str:
@@ -182,6 +212,16 @@ def _refuse_other_corpus(data_dir: Path, old: CorpusManifest, tasks: dict[str, l
             f"Prepare into another data.dir. To go on with the new set here, delete {data_dir / MANIFEST_NAME}: finished shards are "
             "kept, but runs that began on the old set cannot be resumed.",
         )
+
+
+def _warn_of_copies(manifest: CorpusManifest) -> None:
+    """Shards with the same bytes are most often a mistake of copying; their text is trained on twice."""
+    first: dict[str, str] = {}
+    for name, source in manifest.sources.items():
+        for entry in source.inputs:
+            shard = f"{name}/{entry.file}"
+            if (same := first.setdefault(entry.sha256, shard)) != shard:
+                logger.warning("%s is a copy of %s, so that its text counts twice", shard, same)
 
 
 def _listed(names: set[str]) -> str:
@@ -246,9 +286,12 @@ def _manifest(encoder: Encoder, heldout_fraction: float, records: dict[str, list
             heldout=[record.heldout for record in group if record.heldout],
         )
         if not sources[name].train:
-            skipped = sum(entry.rows for entry in sources[name].inputs)
+            rows = sum(entry.rows for entry in sources[name].inputs)
             raise UserError(
-                f"data.sources.{name}", f"has no document to train on ({skipped} rows, all empty or held out)"
+                f"data.sources.{name}",
+                f"has no document to train on: {rows:,} rows in {len(group)} shards, {sources[name].skipped_rows()}, "
+                f"{sources[name].documents('heldout'):,} held out",
+                "at least one document that is not held out",
             )
     return CorpusManifest(
         tokenizer_fingerprint=encoder.fingerprint,

@@ -1,7 +1,7 @@
 """Readable text out of installed packages and Python itself, by reading their files, never by importing them.
 
-Only a fixed list of packages is read, and of each only files that come out of its wheel, so that the same versions give the same
-text on every machine.
+Only a fixed list of packages is read, and of each only files that come out of its wheel, so that the same versions, Python's patch
+release among them, give the same text on every machine.
 """
 
 import ast

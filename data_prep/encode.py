@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from data_prep.manifest import InputEntry, ShardEntry
 from data_prep.shards import DocumentBatch, InputShard, ShardReader, SkippedRows
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import sha256_file, write_text_atomic
+from yxanul_nemo.read_ahead import read_ahead
 
 CHUNK_BYTES = 2 << 20
 """Text handed to the tokenizer at a time: enough to keep its threads busy, little beside the memory of the process."""
@@ -88,6 +88,8 @@ class ShardTask:
     source: str
     shard: InputShard
     options: ShardOptions
+    input_gone: bool = False
+    """The source's input was removed after it was prepared."""
 
     def open(self) -> ShardReader:
         """The input. Raises UserError if it cannot be read."""
@@ -192,7 +194,7 @@ def _write_pairs(
     dtype = token_dtype(options.vocab_size)
     outputs = {split: _SplitOutput() for split in SPLITS}
     with task.open() as reader, ExitStack() as stack:
-        for chunk in stack.enter_context(closing(_ahead(_chunks(reader, chunk_bytes)))):
+        for chunk in stack.enter_context(closing(read_ahead(_chunks(reader, chunk_bytes), depth=1))):
             documents, keys, sizes = _encoded(chunk, encoder, options, path, chunk_bytes)
             heldout = [is_heldout(key, options.heldout_fraction) for key in keys]
             for split, output in outputs.items():
@@ -256,15 +258,6 @@ def _chunks(reader: ShardReader, chunk_bytes: int) -> Iterator[_Chunk]:
             chunk = _Chunk()
     if chunk.batches:
         yield chunk
-
-
-def _ahead(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
-    """The same chunks, each read while the one before it is encoded."""
-    with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as pool:
-        coming = pool.submit(next, chunks, None)
-        while (chunk := coming.result()) is not None:
-            coming = pool.submit(next, chunks, None)
-            yield chunk
 
 
 def _encoded(

@@ -62,7 +62,7 @@ def _counts(manifest: CorpusManifest) -> Table:
     table.add_column("skipped\nrows", justify="right")
     total = sum(source.tokens("train") for source in manifest.sources.values())
     for name, source in manifest.sources.items():
-        skipped = sum(entry.skipped_null + entry.skipped_empty + entry.skipped_not_utf8 for entry in source.inputs)
+        skipped = sum(entry.skipped.total() for entry in source.inputs)
         table.add_row(
             name,
             f"{len(source.inputs):,}",

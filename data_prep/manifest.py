@@ -1,5 +1,6 @@
 """What a prepared corpus consists of: `manifest.json`, written when everything is complete, and checked before anything is read."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +46,11 @@ class InputEntry(_Record):
     skipped_empty: int
     skipped_not_utf8: int
 
+    @property
+    def skipped(self) -> Counter[str]:
+        """Rows that gave no document, by reason."""
+        return Counter({"null": self.skipped_null, "empty": self.skipped_empty, "not UTF-8": self.skipped_not_utf8})
+
 
 class SourceManifest(_Record):
     """One corpus. A shard that gave no document to a split has no entry there."""
@@ -65,6 +71,12 @@ class SourceManifest(_Record):
 
     def documents(self, split: Split) -> int:
         return sum(entry.documents for entry in self.entries(split))
+
+    def skipped_rows(self) -> str:
+        """How many rows gave no document, and why, in words."""
+        skipped = sum((entry.skipped for entry in self.inputs), Counter())
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items() if count)
+        return f"{skipped.total():,} rows skipped" + (f" ({reasons})" if reasons else "")
 
     def text_bytes(self, split: Split) -> int:
         return sum(entry.text_bytes for entry in self.entries(split))

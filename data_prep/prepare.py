@@ -9,7 +9,7 @@ from pathlib import Path
 from data_prep.corpus import prepare_corpus
 from data_prep.demo_corpus import write_demo_corpus
 from data_prep.encode import is_heldout
-from data_prep.manifest import CorpusManifest, load_manifest
+from data_prep.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
 from data_prep.shards import ShardReader, resolve_shards
 from data_prep.tokenizer import Tokenizer, build_tokenizer
 from yxanul_nemo.config.data import SourceConfig
@@ -90,13 +90,12 @@ def describe(manifest: CorpusManifest) -> list[str]:
     """One line for each source."""
     lines = []
     for name, source in manifest.sources.items():
-        skipped = sum(entry.skipped_null + entry.skipped_empty + entry.skipped_not_utf8 for entry in source.inputs)
         tokens = source.tokens("train") + source.tokens("heldout")
         text_bytes = source.text_bytes("train") + source.text_bytes("heldout")
         lines.append(
             f"{name}: {len(source.inputs)} shards, {source.documents('train'):,} documents and {source.tokens('train'):,} tokens to "
             f"train on, {source.documents('heldout'):,} and {source.tokens('heldout'):,} held out, "
-            f"{text_bytes / tokens:.2f} bytes/token, {skipped:,} rows skipped"
+            f"{text_bytes / tokens:.2f} bytes/token, {source.skipped_rows()}"
         )
     return lines
 
@@ -142,7 +141,8 @@ def main(arguments: list[str] | None = None) -> int:
                 parser.error(f"--heldout-fraction must be at least 0 and under 0.5, got {options.heldout_fraction}")
             if options.workers < 0:
                 parser.error(f"--workers must be at least 0, got {options.workers}")
-            resolve_shards(options.input, "--input")
+            if not (options.output / MANIFEST_NAME).exists():
+                resolve_shards(options.input, "--input")
             load = functools.partial(Tokenizer.load, options.tokenizer, options.eos_token)
             source = SourceConfig(path=options.input, text_column=options.text_column, ids_column=options.ids_column)
             manifest = prepare_corpus(

@@ -22,6 +22,10 @@ BYTES_OF_TEXT = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(),
 """Types whose values can be taken as bytes without a copy or a check."""
 
 
+class NoShardsError(UserError):
+    """There is no parquet file where a source's path points."""
+
+
 @dataclass
 class SkippedRows:
     """Rows that gave no document, by reason."""
@@ -71,7 +75,7 @@ def resolve_shards(pattern: str, where: str) -> list[InputShard]:
     """The parquet files behind a source's `path` (a folder, a glob, in which `**` spans folders, or one file), sorted.
 
     `where` is the key to name in errors. Names beginning with a dot or an underscore are left out of folders and globs.
-    Raises UserError if there is none, or if two would write to the same output.
+    Raises NoShardsError if there is none, and UserError if two would write to the same output.
     """
     try:
         path = Path(pattern).expanduser()
@@ -92,7 +96,7 @@ def resolve_shards(pattern: str, where: str) -> list[InputShard]:
         names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         close = nearest(path.name, names) if names else f"The folder {path.parent} is empty or absent."
         hint = "" if close.startswith("Valid") else close  # A whole folder's names would be no help.
-        raise UserError(where, f"{pattern} does not exist", "a folder with *.parquet, a glob or a file", hint)
+        raise NoShardsError(where, f"{pattern} does not exist", "a folder with *.parquet, a glob or a file", hint)
     shards: dict[str, InputShard] = {}
     for file in sorted(files):
         shard = InputShard(file, file.relative_to(root).as_posix())
@@ -105,7 +109,9 @@ def resolve_shards(pattern: str, where: str) -> list[InputShard]:
     if not shards:
         deeper = path.is_dir() and any(path.glob("*/**/*.parquet"))
         fix = f"Its subfolders have some: use {where}='{pattern}/**/*.parquet'." if deeper else ""
-        raise UserError(where, f"{pattern} has no parquet files", "at least one *.parquet, not named with . or _", fix)
+        raise NoShardsError(
+            where, f"{pattern} has no parquet files", "at least one *.parquet, not named with . or _", fix
+        )
     return [shards[stem] for stem in sorted(shards)]
 
 

@@ -1,5 +1,9 @@
 """The rules of byte-level BPE and of SuperBPE: how text is cut before merging, and how a tokenizer is put together."""
 
+import json
+from collections.abc import Sequence
+from typing import Any
+
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 
@@ -26,6 +30,17 @@ def superword_rules() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([*_digit_rules(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
+def follows_superword_rules(description: dict[str, Any]) -> bool:
+    """Whether a tokenizer (its tokenizer.json as a dictionary) is plain BPE after `superword_rules` and nothing else."""
+    plain = tokenizers.Tokenizer(models.BPE())
+    plain.pre_tokenizer = superword_rules()
+    expected = json.loads(plain.to_str())
+    model = description["model"]
+    return all(
+        model.get(key) == value for key, value in expected["model"].items() if key not in ("vocab", "merges")
+    ) and all(description[part] == expected[part] for part in ("normalizer", "pre_tokenizer", "post_processor"))
+
+
 def word_rules() -> pre_tokenizers.PreTokenizer:
     """The pre-tokenizer of plain byte-level BPE and of SuperBPE's first stage: digit groups apart, then GPT-2's words."""
     return pre_tokenizers.Sequence([*_digit_rules(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)])
@@ -36,6 +51,14 @@ def byte_alphabet() -> dict[str, int]:
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in set(plain)]
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def token_contents(tokens: Sequence[str]) -> list[bytes]:
+    """The bytes that byte-level tokens stand for."""
+    between = chr(256)
+    table = {ord(character): byte for character, byte in byte_alphabet().items()} | {ord(" "): between}
+    text = " ".join(tokens).translate(table)  # A space stands for no byte there.
+    return [content.encode("latin-1") for content in text.split(between)] if tokens else []
 
 
 def assemble(

@@ -22,7 +22,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models
 
-from data_prep.superbpe_rules import byte_alphabet, superword_rules
+from data_prep.superbpe_rules import follows_superword_rules, superword_rules, token_contents
 
 FIRST_PRIVATE = 0x10000
 """Token i stands as the character FIRST_PRIVATE + i; Unicode ends above a million."""
@@ -68,22 +68,12 @@ class SuperwordEncoder:
     def for_tokenizer(cls, tokenizer: tokenizers.Tokenizer) -> Self | None:
         """The encoder, or None if the tokenizer's rules are not SuperBPE's or its merges do not meet the conditions."""
         description = json.loads(tokenizer.to_str())
-        rules = tokenizers.Tokenizer(models.BPE())
-        rules.pre_tokenizer = superword_rules()
-        expected = json.loads(rules.to_str())
-        model = description["model"]
-        same_options = all(
-            model.get(key) == value for key, value in expected["model"].items() if key not in ("vocab", "merges")
-        )
-        same_rules = all(
-            description[part] == expected[part] for part in ("normalizer", "pre_tokenizer", "post_processor")
-        )
-        if not (same_options and same_rules):
+        if not follows_superword_rules(description):
             return None
+        model = description["model"]
         merges = [(left, right) for left, right in model["merges"]]
         made = [left + right for left, right in merges]
-        alphabet = byte_alphabet()
-        contents = [bytes(alphabet[character] for character in token) for token in made]
+        contents = token_contents(made)
         first_crossing, punctuation = max(
             (_first_crossing(contents, _borders(kind)), kind) for kind in (_PUNCTUATION, _PUNCTUATION_BUT_APOSTROPHE)
         )
@@ -142,16 +132,18 @@ class SuperwordEncoder:
         results: list[np.ndarray | None] = [None] * len(texts)
         plain: list[int] = []
         short: list[int] = []
-        rewritten: list[str] = []
+        pieces_of: list[list[str]] = []
         for place, text in enumerate(texts):
             pieces = self._pieces.findall(text)
             if len(pieces) * SHORT_PIECES < len(text) or any(token in text for token in self._always_matched):
                 plain.append(place)
             else:
                 short.append(place)
-                rewritten.append("".join(map(self._memory.__getitem__, pieces)))
+                pieces_of.append(pieces)
         if len(self._memory) > MEMORY_PIECES:
             self._memory.clear()
+        self._learn(pieces_of)
+        rewritten = ["".join(map(self._memory.__getitem__, pieces)) for pieces in pieces_of]
         encodings = self._across.encode_batch_fast(rewritten, add_special_tokens=False)
         for place, string, encoding in zip(short, rewritten, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int32)
@@ -161,15 +153,20 @@ class SuperwordEncoder:
             results[place] = np.array(encoding.ids, dtype=np.int32)
         return [ids for ids in results if ids is not None]
 
+    def _learn(self, pieces_of: Sequence[Sequence[str]]) -> None:
+        """Put new pieces into the memory, many at a time: one by one, the calls would cost more than the merges."""
+        new = [piece for piece in set().union(*pieces_of) if piece not in self._memory]
+        plain = [piece for piece in new if len(piece) <= LONGEST_REMEMBERED and piece.isascii()]
+        encodings = self._inside.encode_batch_fast(plain, add_special_tokens=False)
+        for piece, encoding in zip(plain, encodings, strict=True):
+            self._memory[piece] = "".join(map(self._characters.__getitem__, encoding.ids))
+
     def rewrite(self, piece: str) -> str:
         """The tokens of a piece after the merges below T, as private characters."""
-        if piece.isascii():
-            ids = self._inside.encode(piece, add_special_tokens=False).ids
-            return "".join(map(self._characters.__getitem__, ids))
+        encoding = self._inside.encode(piece, add_special_tokens=False)
         # Digits beyond ASCII are cut off inside the piece. Their bytes are those of other characters, too, so that a merge
         # across the cut has to be kept from happening.
         parts: list[list[str]] = [[]]
-        encoding = self._inside.encode(piece, add_special_tokens=False)
         previous = 0
         for number, word in zip(encoding.ids, encoding.word_ids, strict=True):
             if word != previous:

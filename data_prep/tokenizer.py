@@ -223,7 +223,7 @@ def _settings(config: TokenizerConfig) -> dict[str, Any]:
     if config.kind.startswith("train_"):
         keys += ["vocab_size", "train_bytes"]
     if config.kind == "train_superbpe":
-        keys += ["transition", "max_words_per_token"]
+        keys += ["transition", "max_words_per_token", "cross_newline", "cross_colon"]
     if config.path is None:
         keys += ["hub_id"]
     return {key: getattr(config, key) for key in keys}
@@ -239,7 +239,12 @@ def _reuse(config: TokenizerConfig, folder: Path) -> Tokenizer:
         or not {"fingerprint", "eos_token", "pad_token", "settings", "source"} <= record.keys()
     ):
         raise UserError(folder / RECORD_FILE, "is not the record of a tokenizer built for a run", "", fix)
-    there, asked = dict(record["settings"]), _settings(config)
+    asked = _settings(config)
+    # A setting that came after this tokenizer was built has the value under which it was built.
+    defaults = {
+        key: TokenizerConfig.model_fields[key].default for key in ("cross_newline", "cross_colon") if key in asked
+    }
+    there = defaults | record["settings"]
     if config.path is not None:
         # Where its files came from does not matter when they are here to be compared.
         there.pop("hub_id", None)
@@ -286,6 +291,8 @@ def _build(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> tuple
             config.transition,
             specials,
             max_words=config.max_words_per_token,
+            cross_newline=config.cross_newline,
+            cross_colon=config.cross_colon,
             max_bytes=config.train_bytes,
         )
         return Tokenizer.wrap(made, config.eos_token, config.pad_token, "train_superbpe"), {}

@@ -1,6 +1,7 @@
 """The two libraries that can stand behind `data_prep.tokenizer.Tokenizer`, each behind the same few methods."""
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,6 +9,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from data_prep.long_text import SPAN_CHARS, LongTextEncoder
 from data_prep.sentencepiece_json import convert_sentencepiece
 from data_prep.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
@@ -17,8 +19,8 @@ MODEL_FILE = "tokenizer.model"
 """Name of a sentencepiece model in a saved folder."""
 
 
-BULK_CHARS = 4_000_000
-"""Text after which a second of preparation for faster encoding pays."""
+BULK_CHARS = 8_000_000
+"""Text after which the second or two of preparation for faster encoding pay."""
 
 PROBES = (
     "  two leading spaces, two  inside, one trailing ",
@@ -98,6 +100,20 @@ class TokenizersLibrary:
             self._encoded_chars += sum(map(len, texts))
             if self._encoded_chars > BULK_CHARS:
                 self._bulk_encoder = SuperwordEncoder.for_tokenizer(self._tokenizer)
+        long = {place for place, text in enumerate(texts) if len(text) > 2 * SPAN_CHARS}
+        if not long or self._long_texts is None:
+            return self._encode_whole(texts)
+        others = iter(self._encode_whole([text for place, text in enumerate(texts) if place not in long]))
+        return [
+            self._long_texts.encode(text, lambda span: self._encode_whole([span])[0]) if place in long else next(others)
+            for place, text in enumerate(texts)
+        ]
+
+    @cached_property
+    def _long_texts(self) -> LongTextEncoder | None:
+        return LongTextEncoder.for_tokenizer(self._tokenizer)
+
+    def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
         if self._bulk_encoder is not None:
             return self._bulk_encoder.encode_batch(texts)
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, models, trainers
 
 from data_prep.shards import ShardReader, resolve_shards
 from data_prep.superbpe_merges import SEPARATOR, MergeRules, learn_merges
-from data_prep.superbpe_rules import assemble, byte_alphabet, superword_rules, word_rules
+from data_prep.superbpe_rules import assemble, byte_alphabet, superword_rules, token_contents, word_rules
 from data_prep.training_display import TrainingDisplay
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import configure_logging, logger
@@ -88,13 +88,11 @@ def train_superbpe(
         vocab, merges = _parts(_train_words(texts, transition, max_bytes, display))
         raw = assemble(vocab, merges, superword_rules(), [])
         names = sorted(vocab, key=vocab.__getitem__)
-        alphabet = byte_alphabet()
-        contents = [bytes(alphabet[character] for character in name) for name in names]
         with display.step("stage 2: encoding", max_bytes) as advance:
             ids_N = encode_stream(raw, _first_bytes(texts, max_bytes, advance))
         with display.step("stage 2: merging across words", wanted) as advance:
             rules = MergeRules(max_words, cross_newline, cross_colon)
-            learned = learn_merges(ids_N, contents, wanted, rules, progress=advance)
+            learned = learn_merges(ids_N, token_contents(names), wanted, rules, progress=advance)
     if len(learned) < wanted:
         raise UserError(
             "tokenizer.vocab_size",

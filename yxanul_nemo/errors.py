@@ -23,10 +23,19 @@ class UserError(ValueError):
         super().__init__(f"{message} {fix}".strip())
 
 
+def close_name(name: str, valid: Iterable[str]) -> str | None:
+    """The valid name closest to `name`, or None if none is close."""
+    names = sorted(set(valid))
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    # `lrate` for `lr`: too far by the share of equal letters.
+    begun = [other for other in names if name and other and (name.startswith(other) or other.startswith(name))]
+    return next(iter([*close, *sorted(begun, key=len, reverse=True)]), None)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A sentence that names the valid name closest to `name`, or lists the valid ones if none is close."""
     valid = sorted(set(valid))
-    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
-    if close:
-        return f"Did you mean '{close[0]}'?"
+    close = close_name(name, valid)
+    if close is not None:
+        return f"Did you mean '{close}'?"
     return f"Valid: {', '.join(valid)}." if valid else ""

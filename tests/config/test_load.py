@@ -1,5 +1,6 @@
 """Composing, checking and the words of errors."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,13 +46,20 @@ def test_every_option_of_a_group_composes(group: str) -> None:
         parse(compose(overrides))
 
 
+def dotted(mapping: dict, prefix: str) -> Iterator[str]:
+    for key, value in mapping.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{key}.")
+
+
 def test_every_key_of_the_schema_stands_in_conf() -> None:
     """Hydra refuses overrides of keys that are absent from conf/, so each key must stand in some file of its group."""
     top = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
     shown = {*top, *(f"run.{key}" for key in top["run"])}
     for group in GROUPS:
         for path in (CONF_DIR / group).glob("*.yaml"):
-            shown |= {group, *(f"{group}.{key}" for key in yaml.safe_load(path.read_text(encoding="utf-8")))}
+            shown |= {group, *dotted(yaml.safe_load(path.read_text(encoding="utf-8")), f"{group}.")}
     nested_in_lists_or_maps = ("curriculum.phases.", "data.sources.", "validation.domains.")
     missing = [key for key in keys_of(RunConfig) if key not in shown and not key.startswith(nested_in_lists_or_maps)]
     assert missing == []
@@ -83,12 +91,37 @@ def test_every_file_of_conf_says_what_it_is_for(group: str) -> None:
         ("validation.stride=300", "validation", "stride=300 is over eval_len"),
         ("~optim.lr", "optim.lr", "is not set"),
         ("foo", "command line", "key=value"),
+        ("curriculum.phases.0.seqlen=8", "curriculum.phases.0.seqlen", "Did you mean 'curriculum.phases.0.seq_len'?"),
+        ("+curriculum.phases.0.seqlen=8", "curriculum.phases.0.seqlen", "Did you mean 'curriculum.phases.0.seq_len'?"),
+        ("curriculum.phases.3.seq_len=8", "curriculum.phases.3.seq_len", "curriculum.phases has the entries 0 to 2."),
+        ("validation.domains.prose.pth=x", "validation.domains.prose.pth", "'validation.domains.prose.path'?"),
+        ("validation.domains.pros.path=x", "validation.domains.pros.path", "'validation.domains.prose.path'?"),
+        ("optim.lr.peak=1", "optim.lr.peak", "'optim.lr' is a value of its own"),
+        ("runs.dir=x", "runs.dir", "no such key"),
+        ("optim.zzz=1", "optim.zzz", "Under optim: beta1, beta2"),
+        ("zzz=1", "zzz", "docs/config.md lists all keys"),
     ],
 )
 def test_mistakes_are_named_with_a_way_out(override: str, where: str, hint: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(compose([override]))
     assert where in str(caught.value)
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("data.sources.text.pth=/x", "Did you mean 'data.sources.text.path'?"),
+        ("data.sources.txt.path=/x", "Did you mean 'data.sources.text.path'?"),
+        ("+data.sources.new.pth=/x", "Did you mean 'data.sources.new.path'?"),
+        ("data.sources.new.path=/x", "is added with +key=value"),
+    ],
+)
+def test_mistakes_in_what_a_recipe_has_are_named_by_that_recipe(override: str, hint: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(compose(["recipe=yxanul_197m_h100", override]))
+    assert str(caught.value).startswith(override.lstrip("+").partition("=")[0])
     assert hint in str(caught.value)
 
 

@@ -114,3 +114,14 @@ def test_phases_of_rising_length_read_each_source_without_gap_or_repeat(shards: 
     for source in (0, 1):
         assert fed[source] == streams[source].read(0, positions[source]).tolist()
         assert max(Counter(fed[source]).values()) == 1
+
+
+def test_steps_come_one_after_another_from_any_step_on(shards: list[IndexedTokens]) -> None:
+    windows = PhaseWindows([TokenStream(shards, 1)], np.array([1.0]), [0], seq_len=4)
+    batches = PhaseBatches(windows, BatchLayout(2, 3, 1), 0, 5, 17)
+    steps = list(batches)
+    assert len(steps) == len(batches) == 12
+    for step, (ids_ABT, labels_ABT) in enumerate(steps, start=5):
+        inputs, labels = windows.read(step * 6, 6)
+        assert np.array_equal(ids_ABT.numpy().reshape(6, 4), inputs)
+        assert np.array_equal(labels_ABT.numpy().reshape(6, 4), labels)

@@ -248,6 +248,24 @@ def test_an_input_folder_may_move(tmp_path, corpus, prepare):
     assert prepare(tmp_path / "out", tmp_path / "moved") == first
 
 
+@pytest.mark.parametrize("folder_stays", [True, False])
+def test_a_finished_corpus_needs_its_input_no_more(tmp_path, corpus, prepare, caplog, folder_stays):
+    folder, _ = corpus
+    first = prepare(tmp_path / "out", folder)
+    shutil.rmtree(folder)
+    if folder_stays:
+        folder.mkdir()
+    assert prepare(tmp_path / "out", folder) == first
+    assert "the parquet files of web are gone" in caplog.text
+    with pytest.raises(UserError, match=r"data\.sources\.web\.path"):
+        prepare(tmp_path / "other", folder)
+    with pytest.raises(UserError, match=r"heldout_fraction 0\.1 then, 0\.2 now"):
+        prepare(tmp_path / "out", folder, heldout_fraction=0.2)
+    (tmp_path / "out/web/train/shard-1.bin").unlink()
+    with pytest.raises(UserError, match=r"tokens of shard-1\.parquet are absent or cut short, and the parquet"):
+        prepare(tmp_path / "out", folder)
+
+
 # Damage
 
 

@@ -15,7 +15,7 @@ from data_prep import encode
 from data_prep.corpus import prepare_corpus
 from data_prep.indexed import IndexedTokens
 from data_prep.manifest import load_manifest
-from data_prep.prepare import main, run_data_stage, training_texts
+from data_prep.prepare import describe, main, run_data_stage, training_texts
 from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.load import compose, parse
@@ -146,11 +146,23 @@ def test_skipped_rows_are_counted_in_the_manifest(tmp_path, prepare, write_shard
     entry = manifest.sources["web"].inputs[0]
     assert (entry.rows, entry.skipped_null, entry.skipped_empty, entry.skipped_not_utf8) == (5, 1, 1, 1)
     assert manifest.sources["web"].documents("train") == 2
+    assert "3 rows skipped (1 null, 1 empty, 1 not UTF-8)" in describe(manifest)[0]
+
+
+def test_a_shard_that_is_a_copy_is_named(tmp_path, prepare, make_texts, write_shards, caplog):
+    shards = {"a": make_texts(30, seed=1), "b": make_texts(30, seed=2)}
+    prepare(tmp_path / "out", write_shards(tmp_path / "in", shards))
+    assert "is a copy of" not in caplog.text
+    prepare(tmp_path / "twice", write_shards(tmp_path / "copies", shards | {"c": shards["a"]}))
+    assert "web/c.parquet is a copy of web/a.parquet" in caplog.text
 
 
 def test_a_source_without_documents_is_refused(tmp_path, prepare, write_shards):
     folder = write_shards(tmp_path / "in", {"x": pa.array(["", None])})
-    with pytest.raises(UserError, match=r"data\.sources\.web: has no document to train on"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.sources\.web: has no document to train on: 2 rows in 1 shards, 2 rows skipped \(1 null, 1 empty\)",
+    ):
         prepare(tmp_path / "out", folder)
 
 
@@ -237,6 +249,9 @@ def test_command_line_prepares_repeats_and_verifies(tmp_path, corpus, tokenizer_
     assert main([*arguments, "--verify"]) == 0
     assert "files are as the manifest says" in capsys.readouterr().out
     assert main(["--output", out, "--verify"]) == 0
+    for path in folder.iterdir():
+        path.unlink()
+    assert main([*arguments, "--verify"]) == 0
     assert load_manifest(tmp_path / "out").fingerprint in first
 
 

@@ -286,6 +286,8 @@ def test_concurrent_builders_build_once(tmp_path):
         ({"vocab_size": 1300}, "tokenizer.vocab_size=1200 there, 1300 asked for"),
         ({"transition": 700}, "tokenizer.transition=800 there, 700 asked for"),
         ({"max_words_per_token": 3}, "tokenizer.max_words_per_token=4 there, 3 asked for"),
+        ({"cross_newline": True}, "tokenizer.cross_newline=False there, True asked for"),
+        ({"cross_colon": True}, "tokenizer.cross_colon=False there, True asked for"),
         ({"pad_token": None}, "tokenizer.pad_token=<|padding|> there, None asked for"),
         ({"kind": "train_bpe"}, "tokenizer.kind=train_superbpe there, train_bpe asked for"),
     ],
@@ -296,6 +298,16 @@ def test_other_settings_are_refused(superbpe_folder, changes, difference):
         build_tokenizer(superbpe_config(**changes), superbpe_folder, never)
     assert difference in str(caught.value) and "run.dir" in caught.value.fix
     assert {file.name: file.read_bytes() for file in superbpe_folder.iterdir()} == before
+
+
+def test_a_tokenizer_built_before_a_setting_was_there_is_taken(superbpe_folder, tmp_path):
+    folder = shutil.copytree(superbpe_folder, tmp_path / "older")
+    record = json.loads((folder / "fingerprint.json").read_text())
+    del record["settings"]["cross_newline"], record["settings"]["cross_colon"]
+    (folder / "fingerprint.json").write_text(json.dumps(record))
+    assert build_tokenizer(superbpe_config(), folder, never).fingerprint == record["fingerprint"]
+    with pytest.raises(UserError, match="cross_colon=False there, True asked for"):
+        build_tokenizer(superbpe_config(cross_colon=True), folder, never)
 
 
 def test_changed_source_is_refused_and_a_moved_one_is_not(all_kinds, tmp_path):

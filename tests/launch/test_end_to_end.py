@@ -171,3 +171,16 @@ def test_a_finished_run_cannot_become_another(runs: Runs) -> None:
     done = launch("stage=all", f"run.dir={runs.run_dir}", "optim.lr=1e-3")
     assert done.returncode == 2 and "it is of another run: config: " in done.stdout, done.stdout
     assert runs.files() == before
+
+
+def test_plan_and_report_of_the_finished_run(runs: Runs, tmp_path: Path) -> None:
+    for stage in ("plan", "report"):
+        done = launch(f"stage={stage}", f"run.dir={runs.run_dir}", f"report.dir={tmp_path}", "report.sample_tokens=5")
+        assert done.returncode == 0, done.stdout
+        if stage == "plan":
+            assert done.stdout.count("100%") == 4 and f"written: {runs.run_dir / 'plan.json'}" in done.stdout
+    page = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "finished" in page and page.count('class="sample"') == 6
+    assert f"run.dir={runs.run_dir}" in page, "the command is named"
+    samples = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))
+    assert {sample["phase"] for sample in samples} == {1, 2, 3} and all(1 <= s["tokens"] <= 5 for s in samples)

@@ -18,22 +18,19 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.estimates import (
-    MEASURED_MODEL,
-    forecast_memory_bytes,
-    forecast_speed,
-    largest_micro_batch_tokens,
-)
-from yxanul_nemo.launch.gpus import BY_KEY, GPUS, choose_gpu, gpu_named
+from yxanul_nemo.gpu_table import BY_KEY, GPUS, gpu_named
+from yxanul_nemo.launch.estimates import forecast_speed
+from yxanul_nemo.launch.gpus import choose_gpu
 from yxanul_nemo.launch.plan import Plan, learning_rates, make_plan
-from yxanul_nemo.launch.plan_stage import print_plan, run_plan_stage
+from yxanul_nemo.launch.plan_stage import disk_warnings, print_plan, run_plan_stage
+from yxanul_nemo.model.memory import MEASURED_MODEL, forecast_memory_bytes, largest_micro_batch_tokens
 from yxanul_nemo.training.identity import expected_run, phase_plan
 from yxanul_nemo.training.phases import plan_phases, total_tokens
 from yxanul_nemo.training.schedule import learning_rate
 
 RECIPES = sorted(path.stem for path in (REPO_DIR / "recipes").glob("*.yaml"))
 GIB = 1 << 30
-H100 = BY_KEY["h100"]
+H100, H200 = BY_KEY["h100"], BY_KEY["h200"]
 MODEL_197M = ModelConfig.model_validate(
     yaml.safe_load((CONF_DIR / "model" / "yxanul_197m.yaml").read_text(encoding="utf-8"))
 )
@@ -80,18 +77,17 @@ def test_the_table_holds_every_phase_whole_at_any_width(tmp_path: Path, width: i
 
 
 def test_speed_returns_the_measurements_exactly() -> None:
-    """One H100, 197M model, 2026-11-22."""
+    """One H200, 197M model, 2026-11-23."""
     fp8, bf16 = PrecisionConfig(name="fp8_hybrid"), PrecisionConfig(name="bf16")
     measured = [
-        (fp8, 8, 32768, 275e3),
-        (fp8, 16, 32768, 292e3),
-        (fp8, 512, 32768, 336e3),
-        (fp8, 2048, 32768, 284e3),
-        (fp8, 2048, 65536, 296e3),
-        (bf16, 2048, 32768, 256e3),
+        (fp8, 8, 32768, 464e3),
+        (fp8, 512, 32768, 389e3),
+        (fp8, 2048, 32768, 329e3),
+        (fp8, 2048, 16384, 308e3),
+        (bf16, 2048, 32768, 289e3),
     ]
     for precision, seq_len, micro_batch_tokens, expected in measured:
-        speed = forecast_speed(MODEL_197M, 200_005, precision, H100, seq_len, micro_batch_tokens)
+        speed = forecast_speed(MODEL_197M, 200_005, precision, H200, seq_len, micro_batch_tokens)
         assert speed.basis == "measured"
         assert speed.tokens_per_second == pytest.approx(expected, rel=1e-9)
     assert MEASURED_MODEL.model_copy(update={"name": MODEL_197M.name}) == MODEL_197M
@@ -106,11 +102,12 @@ def test_speed_elsewhere_is_marked_and_ordered_by_physics() -> None:
         return speed.tokens_per_second
 
     larger = MODEL_197M.model_copy(update={"num_layers": 56})
-    assert rate(MODEL_197M, "h100", 1024) > rate(MODEL_197M, "h100", 1536)
-    assert rate(MODEL_197M, "h100", 4096) < 284e3
-    assert rate(MODEL_197M, "h100", 2048, 4096) < rate(MODEL_197M, "h100", 2048, 16384) < 284e3
-    assert rate(larger, "h100", 2048) == pytest.approx(284e3 / 1.85, rel=0.03)  # layers are 85-90% of the FLOPs
-    assert rate(MODEL_197M, "rtx_4090", 2048) == pytest.approx(284e3 * 165.2 / 989.4, rel=1e-6)
+    assert rate(MODEL_197M, "h200", 1024) > rate(MODEL_197M, "h200", 1536)
+    assert rate(MODEL_197M, "h200", 4096) < 329e3
+    assert rate(MODEL_197M, "h200", 2048, 4096) < rate(MODEL_197M, "h200", 2048, 8192) < 308e3
+    assert rate(larger, "h200", 2048) == pytest.approx(329e3 / 1.85, rel=0.03)  # layers are 85-90% of the FLOPs
+    assert rate(MODEL_197M, "h100", 2048) < 329e3
+    assert rate(MODEL_197M, "rtx_4090", 2048) == pytest.approx(329e3 * 165.2 / 989.4, rel=1e-6)
 
 
 def test_memory_returns_the_measurements_and_grows_with_the_model() -> None:
@@ -164,7 +161,14 @@ def test_cost_is_hours_times_gpus_times_price(tmp_path: Path) -> None:
     assert one.total_cost == pytest.approx(3 * one.total_seconds / 3600)
     assert eight.total_cost == pytest.approx(8 * 3 * eight.total_seconds / 3600)
     assert {phase.data_parallel for phase in eight.phases} == {8}
-    assert any("8 ranks" in warning for warning in eight.warnings)
+    assert any("8 GPUs" in warning for warning in eight.warnings)
+
+
+def test_too_little_disk_is_noted(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, "recipe=yxanul_197m_h100")
+    assert disk_warnings(plan, plan.checkpoints_disk_bytes) == []
+    (warning,) = disk_warnings(plan, plan.checkpoints_disk_bytes - 1)
+    assert "run.dir" in warning and str(tmp_path) in warning
 
 
 @pytest.mark.parametrize(

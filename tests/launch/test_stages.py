@@ -15,8 +15,8 @@ import pytest
 from tests.launch.launching import REPO_DIR, Launched, command, launch, state
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.lock import RunLock
-from yxanul_nemo.launch.processes import Task
 from yxanul_nemo.launch.stages import selected_stages
+from yxanul_nemo.launch.tasks import Task
 
 HEAVY = {"torch", "megatron", "lightning", "nemo", "transformers"}
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -44,3 +45,13 @@ def train(tensor_parallel: int, load_from: Path | None, save_to: Path | None) ->
         dist.barrier()
         save_shards(backend.sharded_state(), save_to, dist.get_rank())
     return record
+
+
+def logits_and_gradients(tensor_parallel: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [B, T, V] without labels, and the gradient of their weighted sum with respect to the (replicated) projection's weight."""
+    parallel = ParallelConfig(device="cpu", layer_spec="torch", tensor_parallel=tensor_parallel)
+    model = build_model(SHAPE, VOCAB, PrecisionConfig(name="fp32"), parallel, seed=5)
+    generator = torch.Generator().manual_seed(0)
+    logits_BTV = model(torch.randint(0, VOCAB, (2, SEQ_LEN), generator=generator))
+    (logits_BTV * torch.randn(logits_BTV.shape, generator=generator)).sum().backward()
+    return logits_BTV.detach().numpy(), model.embedding.projection.weight.grad.numpy()

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.model.layouts import train
+from tests.model.layouts import logits_and_gradients, train
 from tests.ranks import run_ranks
 
 LAYOUTS = {"one": (1, 1), "data_2": (2, 1), "tensor_2": (2, 2)}
@@ -35,3 +36,10 @@ def test_training_goes_on_in_another_layout(records: dict, folder: Path, source:
     for (loss, norm), (expected_loss, expected_norm) in zip(resumed, expected, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+def test_logits_and_their_gradients_are_those_of_one_process_on_every_rank() -> None:
+    ((expected, expected_grad),) = run_ranks(logits_and_gradients, 1, 1)
+    for logits, grad in run_ranks(logits_and_gradients, 2, 2):
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(grad, expected_grad, rtol=1e-4, atol=1e-5)

@@ -164,9 +164,9 @@ def train_and_read_back(config: RunConfig, phases: Sequence[int]) -> list[list[t
     fed: list[list[tuple[np.ndarray, np.ndarray]]] = []
     step = CpuBackend.train_step
 
-    def step_and_note(backend: CpuBackend, ids_ABT: Any, labels_ABT: Any, *arguments: Any, **options: Any) -> object:
+    def step_and_note(backend: CpuBackend, ids_ABT: Any, labels_ABT: Any, *rates: float, **options: Any) -> object:
         fed[-1].append((ids_ABT.numpy().copy(), labels_ABT.numpy().copy()))
-        return step(backend, ids_ABT, labels_ABT, *arguments, **options)
+        return step(backend, ids_ABT, labels_ABT, *rates, **options)
 
     CpuBackend.train_step = step_and_note
     for number in phases:

@@ -9,7 +9,7 @@ from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.model.build import build_model
-from yxanul_nemo.model.fp8_state import scaling_state_kept, scaling_tensors, without_absent_scales
+from yxanul_nemo.model.fp8_state import forget_fp8_state, scaling_state_kept, scaling_tensors, without_absent_scales
 
 pytestmark = pytest.mark.gpu
 
@@ -78,6 +78,25 @@ def test_fp8_ends_within_two_percent_of_bf16_after_200_steps() -> None:
     assert sum(fp8[-20:]) == pytest.approx(sum(bf16[-20:]), rel=2e-2)
 
 
+def test_fp8_layers_compute_with_the_weights_of_the_last_update() -> None:
+    """Large steps, so that any weight that is kept from before would show: the graph's loss against BF16 layers with the same weights."""
+    made = backend(config("precision=fp8_hybrid"))
+    losses(made, range(30), lr=5e-3)
+    found = losses(made, range(30, 31), lr=0.0)
+    expected = losses(made, range(30, 31), lr=0.0, in_bf16=True)
+    assert found == pytest.approx(expected, rel=1e-2)
+
+
+def test_scales_have_the_same_names_at_all_lengths() -> None:
+    """Short windows have an attention of their own; the next phase's longer ones load the same state."""
+    shapes = []
+    for seq_len in (8, 256):
+        forget_fp8_state()
+        made = backend(config("precision=fp8_hybrid"), micro_batch_size=2048 // seq_len, seq_len=seq_len)
+        shapes.append({name: tensor.shape for name, tensor in scaling_tensors(made.model)})
+    assert shapes[0] == shapes[1] and shapes[0]
+
+
 def test_the_first_steps_can_leave_fp8_out() -> None:
     """Ten steps without it are those of a BF16 run, then FP8 takes over; its graph and that of BF16 are not the same."""
     bf16, fp8 = backend(config("precision=bf16")), backend(config("precision=fp8_hybrid"))
@@ -97,16 +116,14 @@ def test_training_goes_on_from_a_checkpoint_with_all_its_state(tmp_path: Path, p
     first = backend(config(f"precision={precision}"))
     losses(first, range(20))
     save_shards(first.sharded_state(), tmp_path, 0)
-    scales = {name: tensor.clone() for name, tensor in scaling_tensors()} if precision != "bf16" else {}
+    scales = {name: tensor.clone() for name, tensor in scaling_tensors(first.model)} if precision != "bf16" else {}
     assert bool(scales) == (precision != "bf16")
     expected = losses(first, range(20, 25))
-    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
-
-    FP8GlobalStateManager.reset()
+    forget_fp8_state()
     second = backend(config(f"precision={precision}"))
     ShardReader(tmp_path).load_into(second.sharded_state())
     second.after_load()
-    loaded = dict(scaling_tensors()) if scales else {}
+    loaded = dict(scaling_tensors(second.model)) if scales else {}
     assert loaded.keys() == scales.keys()
     for name, tensor in scales.items():
         assert torch.equal(loaded[name], tensor), name
@@ -140,12 +157,12 @@ def test_a_forward_between_steps_leaves_fp8_scales_as_they_were() -> None:
             made.model(torch.full((4, 512), 7, device="cuda"), torch.full((4, 512), 8, device="cuda"))
         made.model.train()
 
-    before = {name: tensor.clone() for name, tensor in scaling_tensors()}
-    with scaling_state_kept(settings.precision):
+    before = {name: tensor.clone() for name, tensor in scaling_tensors(made.model)}
+    with scaling_state_kept(made.model, settings.precision):
         forward()
-    assert all(torch.equal(tensor, before[name]) for name, tensor in scaling_tensors())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in scaling_tensors(made.model))
     forward()
-    assert not all(torch.equal(tensor, before[name]) for name, tensor in scaling_tensors()), (
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in scaling_tensors(made.model)), (
         "there was something to keep"
     )
     assert losses(made, range(6, 9))[-1] < 20

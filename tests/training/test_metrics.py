@@ -40,7 +40,7 @@ def paused_record(monotonic_seconds: list[float], pause_seconds: float) -> dict:
 
 def log(run_dir: Path, resume_tokens: int, tokens: list[int], value: float = 1.0) -> str:
     """The file's text after a logger that resumes there has logged records at those tokens."""
-    from yxanul_nemo.training.metrics import JsonlLogger
+    from yxanul_nemo.training.sinks import JsonlLogger
 
     logger = JsonlLogger(run_dir, resume_tokens)
     for total in tokens:

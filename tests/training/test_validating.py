@@ -51,8 +51,8 @@ def results(config: RunConfig) -> dict[int, dict]:
 
 def validations(config: RunConfig) -> dict[int, float]:
     """Tokens and mean bits per byte of the validations in metrics.jsonl."""
-    found = [r for r in records(config) if "validation_mean_bits_per_byte" in r]
-    by_tokens = {record["tokens_total"]: record["validation_mean_bits_per_byte"] for record in found}
+    found = [r for r in records(config) if "validation/mean_bits_per_byte" in r]
+    by_tokens = {record["tokens_total"]: record["validation/mean_bits_per_byte"] for record in found}
     assert len(by_tokens) == len(found), "each stands there once"
     return by_tokens
 

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from yxanul_nemo.bench.cases import Case
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows
-from yxanul_nemo.launch.gpus import gpu_named, read_power_watts
+from yxanul_nemo.gpu_table import gpu_named
+from yxanul_nemo.launch.gpus import read_power_watts
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.training.backend import Backend, make_backend

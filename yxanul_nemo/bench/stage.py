@@ -21,13 +21,12 @@ from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.launch.environment import describe_environment
-from yxanul_nemo.launch.estimates import MEASURED_VOCAB_SIZE
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.model.memory import GIB, MEASURED_VOCAB_SIZE
 from yxanul_nemo.runtime import resolve_device
 from yxanul_nemo.training.phases import source_sizes
 
-GIB = 1 << 30
 KERNELS_SHOWN = 20
 COLUMNS = (
     "precision", "seq len", "tokens/step", "micro-batch", "tokens/s", "ms/step", "+-", "MFU", "GiB", "W", "data", "graph"

@@ -30,6 +30,10 @@ class TokenizerConfig(Section):
     """Vocabulary size at which training goes from merges inside words to merges across them (train_superbpe)."""
     max_words_per_token: int = Field(default=4, ge=1)
     """Longest superword, in words (train_superbpe)."""
+    cross_newline: bool = False
+    """Allow text after a newline within a token (train_superbpe)."""
+    cross_colon: bool = False
+    """Allow ': text' within a token (train_superbpe)."""
     train_bytes: int = Field(default=100_000_000, ge=1000)
     """Text used for training the tokenizer, in bytes of UTF-8."""
 

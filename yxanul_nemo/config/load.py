@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.suggest import suggest_key
 from yxanul_nemo.errors import UserError, nearest
 
 REPO_DIR = Path(__file__).resolve().parents[2]
@@ -32,8 +33,9 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         try:
             return hydra.compose("config", overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise _override_error(error) from None
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            # ValueError: OmegaConf's own, for a name where a list has numbers.
+            raise _override_error(error, overrides) from None
 
 
 def with_quoted_text(arguments: Sequence[str]) -> list[str]:
@@ -62,7 +64,7 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UserError(getattr(error, "full_key", None) or "configuration", _first_line(error)) from None
     except ValidationError as error:
-        raise _schema_error(error) from None
+        raise _schema_error(error, plain) from None
 
 
 def load_run_config(path: Path) -> RunConfig:
@@ -94,13 +96,13 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from keys_of(inner, f"{prefix}{name}.")
 
 
-def _schema_error(error: ValidationError) -> UserError:
-    first = error.errors()[0]
+def _schema_error(error: ValidationError, values: Mapping[str, Any]) -> UserError:
+    # A key that does not exist explains that another is missing, so it comes first.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"]) or "configuration"
     more = f" ({error.error_count() - 1} more of the kind)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        siblings = _siblings(first["loc"])
-        return UserError(where, f"no such key{more}", fix=nearest(str(first["loc"][-1]), siblings))
+        return UserError(where, f"no such key{more}", fix=suggest_key(where, values))
     if first["type"] == "missing":
         return UserError(where, f"is not set{more}", "a value", "Give it in the recipe or as key=value.")
     if first["type"] == "value_error":
@@ -109,36 +111,54 @@ def _schema_error(error: ValidationError) -> UserError:
     return UserError(where, f"got {first['input']!r}{more}", message.removeprefix("input should be "))
 
 
-def _siblings(loc: tuple[int | str, ...]) -> list[str]:
-    section: Any = RunConfig
-    for part in loc[:-1]:
-        if isinstance(part, str) and isinstance(section, type) and issubclass(section, BaseModel):
-            field = section.model_fields.get(part)
-            if field is None:
-                return []
-            candidates = (field.annotation, *get_args(field.annotation))
-            section = next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
-    if not (isinstance(section, type) and issubclass(section, BaseModel)):
-        return []
-    return [field.alias or name for name, field in section.model_fields.items()]
-
-
-def _override_error(error: Exception) -> UserError:
+def _override_error(error: Exception, overrides: Sequence[str]) -> UserError:
     """Hydra's messages name the key in prose only, so it is read from there (hydra-core 1.3)."""
     text = str(error)
-    found = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text)
-    if found:
-        key = found.group(1)
-        groups = [path.name for path in CONF_DIR.iterdir() if path.is_dir()]
-        return UserError(key, "no such key", fix=nearest(key, [*keys_of(RunConfig), *groups]))
     found = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
     if found:
         group, option = found.groups()
         options = [path.stem for path in (CONF_DIR / group).glob("*.yaml")]
         return UserError(group, f"no option '{option}'", f"a file of conf/{group}", nearest(option, options))
+    groups = [path.name for path in CONF_DIR.iterdir() if path.is_dir()]
+    named = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text)
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides if "=" in override]
+    values = _chosen_groups(overrides, groups)
+    if named and named.group(1) in keys_of(RunConfig):
+        return _unreachable_key(named.group(1), getattr(error.__cause__, "full_key", named.group(1)))
+    for key in [named.group(1)] if named else keys:
+        hint = suggest_key(key, values, groups)
+        if hint or named:
+            return UserError(
+                key, "no such key", fix=hint or "A key that no file of conf/ has is added with +key=value."
+            )
     return UserError(
         "command line", _first_line(error), "key=value, as in `python launcher.py recipe=demo stage=train`"
     )
+
+
+def _chosen_groups(overrides: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:
+    """What the command line's choices of files alone compose to; empty where they do not."""
+    choices = [override for override in overrides if override.partition("=")[0] in groups]
+    try:
+        return OmegaConf.to_container(hydra.compose("config", overrides=choices), resolve=False)
+    except (HydraException, OmegaConfBaseException):
+        return {}
+
+
+def _unreachable_key(key: str, missing: str) -> UserError:
+    """A key of the schema that the chosen files of conf/ lack: `missing` is what Hydra looked for, the key itself or an entry in it."""
+    if missing != key:
+        return UserError(
+            key, f"has no entry '{missing.removeprefix(key + '.')}' to change", f"+{key}=... for a new one"
+        )
+    group, _, rest = key.partition(".")
+    first = rest.partition(".")[0]
+    options = [
+        f"{group}={path.stem}"
+        for path in sorted((CONF_DIR / group).glob("*.yaml"))
+        if first in yaml.safe_load(path.read_text(encoding="utf-8"))
+    ]
+    return UserError(key, f"is no key of the chosen {group}", " or ".join(options))
 
 
 def _first_line(error: Exception) -> str:

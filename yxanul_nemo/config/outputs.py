@@ -99,6 +99,13 @@ class LoggingConfig(Section):
     """Optimizer steps between two records in metrics.jsonl and on the console."""
     tensorboard: bool = True
     """Also write TensorBoard event files, into `run.dir/tensorboard`."""
+    wandb: bool = False
+    """Also send records to Weights & Biases; without an account they are kept in `run.dir/trackers/wandb` for `wandb sync`."""
+    wandb_project: str = "yxanul"
+    """Project that a Weights & Biases run belongs to."""
+    mlflow: bool | str = False
+    """Also send records to MLflow: the address of a tracking server, or true for MLFLOW_TRACKING_URI or else files in
+    `run.dir/trackers/mlflow`."""
 
 
 class ExportConfig(Section):

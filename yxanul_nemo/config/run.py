@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
 from yxanul_nemo.config.bench import BenchConfig
+from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
 from yxanul_nemo.config.plan import PlanConfig
+from yxanul_nemo.config.report import ReportConfig
 from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
 from yxanul_nemo.config.use import EvaluateConfig, GenerateConfig
 
@@ -47,6 +49,8 @@ class RunConfig(Section):
     export: ExportConfig
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
+    report: ReportConfig = ReportConfig()
+    cluster: ClusterConfig = ClusterConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     stage: str | list[str] = "all"
@@ -58,6 +62,8 @@ class RunConfig(Section):
     """Beginning of the text that stage=generate writes."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
+    runs: list[Path] = Field(default_factory=list)
+    """Folders of runs that `stage=report` compares; empty: a report of `run.dir`."""
 
     @property
     def sources(self) -> list[Path]:

@@ -17,6 +17,7 @@ class TokenStream:
     def __init__(self, shards: Sequence[IndexedTokens], seed: int):
         self.shards = list(shards)
         self.seed = seed
+        self.begins = np.concatenate([shard.document_offsets[:-1] for shard in self.shards]).astype(np.int64)
         self.lengths = np.concatenate([np.diff(shard.document_offsets) for shard in self.shards]).astype(np.int64)
         self.first_document = np.cumsum([0] + [len(shard.document_offsets) - 1 for shard in self.shards])
         self.tokens_per_epoch = int(self.lengths.sum())
@@ -43,15 +44,15 @@ class TokenStream:
             self._epoch = epoch
 
     def _copy(self, offset: int, out: np.ndarray) -> None:
-        place = int(np.searchsorted(self._starts, offset, side="right")) - 1
-        filled = 0
-        while filled < len(out):
-            document = int(self._order[place])
-            shard_index = int(np.searchsorted(self.first_document, document, side="right")) - 1
-            shard = self.shards[shard_index]
-            begin = int(shard.document_offsets[document - self.first_document[shard_index]])
-            skip = offset + filled - int(self._starts[place])
-            n = min(len(out) - filled, int(self.lengths[document]) - skip)
-            out[filled : filled + n] = shard.tokens[begin + skip : begin + skip + n]
-            filled += n
-            place += 1
+        first = int(np.searchsorted(self._starts, offset, side="right")) - 1
+        last = int(np.searchsorted(self._starts, offset + len(out), side="left"))
+        documents = self._order[first:last]
+        starts = np.maximum(self._starts[first:last] - offset, 0)
+        ends = np.minimum(self._starts[first + 1 : last + 1] - offset, len(out))
+        begins = self.begins[documents]
+        begins[0] += max(0, offset - int(self._starts[first]))
+        shards = np.searchsorted(self.first_document, documents, side="right") - 1
+        # Plain numbers: what NumPy needs to make one of its own would be most of the time for short documents.
+        places = zip(shards.tolist(), begins.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        for shard, begin, start, end in places:
+            out[start:end] = self.shards[shard].tokens[begin : begin + end - start]

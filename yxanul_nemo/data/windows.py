@@ -9,6 +9,10 @@ from torch.utils.data import IterableDataset
 
 from yxanul_nemo.data.blend import Blend
 from yxanul_nemo.data.stream import TokenStream
+from yxanul_nemo.read_ahead import read_ahead
+
+STEPS_AHEAD = 4
+"""Steps whose tokens are read before they are needed: documents lie in random places of files that may be on a slow disk."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ class PhaseWindows:
 class PhaseBatches(IterableDataset):
     """The steps `first_step` .. `last_step` - 1 of a phase, as one rank sees them.
 
-    Yields pairs (ids_ABT, labels_ABT) of int64 tensors [accumulation, micro_batch_size, seq_len].
+    Yields pairs (ids_ABT, labels_ABT) of int64 tensors [accumulation, micro_batch_size, seq_len], read in a thread while earlier
+    steps are computed.
     """
 
     def __init__(self, windows: PhaseWindows, layout: BatchLayout, rank: int, first_step: int, last_step: int):
@@ -79,8 +84,7 @@ class PhaseBatches(IterableDataset):
         return self.last_step - self.first_step
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for step in range(self.first_step, self.last_step):
-            yield self.batch(step)
+        yield from read_ahead(map(self.batch, range(self.first_step, self.last_step)), STEPS_AHEAD)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The micro-batches of one step for this rank."""

@@ -1,7 +1,7 @@
-"""Forecasts of speed and memory: measurements of the 197M model on one H100, carried over to other models and GPUs by FLOPs and widths.
+"""Forecasts of speed: measurements of the 197M model on one H200, carried over to other models and GPUs by FLOPs.
 
 Each forecast says how it was made. One formula serves all cases and returns a measurement exactly where there is one:
-tokens/s = (FLOP/s reached at this length on an H100) x (peak of the GPU / peak of an H100) / (FLOPs per token of the model).
+tokens/s = (FLOP/s reached at this length on an H200) x (peak of the GPU / peak of an H200) / (FLOPs per token of the model).
 """
 
 import math
@@ -11,44 +11,29 @@ from typing import Literal
 import numpy as np
 
 from yxanul_nemo.config.model import ModelConfig
-from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
-from yxanul_nemo.launch.gpus import BY_KEY, Gpu
-from yxanul_nemo.model.counts import parameter_count, training_flops_per_token
+from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.gpu_table import BY_KEY, Gpu
+from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.model.memory import MEASURED_MODEL, MEASURED_VOCAB_SIZE
 
-GIB = 1 << 30
-MEASURED_ON = "one H100 SXM, 197M model, 2026-11-22"
-MEASURED_GPU = BY_KEY["h100"]
-MEASURED_MODEL = ModelConfig(
-    name="yxanul_197m",
-    num_layers=28,
-    hidden_size=768,
-    ffn_hidden_size=2048,
-    num_attention_heads=12,
-    kv_groups=2,
-    head_dim=64,
-    embedding_rank=128,
-)
-MEASURED_VOCAB_SIZE = 200_005
+MEASURED_ON = "one H200 SXM, 197M model, 2026-11-23"
+MEASURED_GPU = BY_KEY["h200"]
 MEASURED_MICRO_BATCH_TOKENS = 32_768
 
-FP8_TOKENS_PER_SECOND = {8: 275e3, 16: 292e3, 512: 336e3, 2048: 284e3}
+FP8_TOKENS_PER_SECOND = {8: 464e3, 512: 389e3, 2048: 329e3}
 """By sequence length: fp8_hybrid, micro-batches of 32,768 tokens, Transformer Engine layers, CUDA graph."""
-FP8_TOKENS_PER_SECOND_AT_65536 = 296e3
-"""The same at 2048 with micro-batches of 65,536 tokens."""
-BF16_TOKENS_PER_SECOND = 256e3
+FP8_TOKENS_PER_SECOND_AT_16384 = 308e3
+"""The same at 2048 with micro-batches of 16,384 tokens."""
+BF16_TOKENS_PER_SECOND = 289e3
 """The same at 2048 in BF16, micro-batches of 32,768 tokens."""
-PEAK_MEMORY_BYTES = {"fp8": {32_768: 20.5 * GIB, 65_536: 37.3 * GIB}, "bf16": {32_768: 22.7 * GIB, 65_536: 41.8 * GIB}}
-"""By micro-batch tokens, at 2048."""
-
+H100_SHARE = 0.92
+"""Of an H200's speed, by an earlier state of this step at 2048 tokens: 286k (2026-11-22) against 310k tokens/s (2026-11-23). Both have
+the same peak; the H100's memory is slower."""
 FP32_SHARE_OF_PEAK = 0.5
 """Assumed of a GPU in FP32; not measured."""
 CPU_FLOPS_PER_SECOND_PER_CORE = 40e9
 """Model FLOP/s of one core in FP32: 67 to 87 GFLOP/s were measured on two cores of an AMD EPYC with the demo, 2026-11-22."""
 
-STATE_BYTES_PER_PARAMETER = 18
-"""On a GPU: BF16 parameter 2, FP32 main parameter 4, two FP32 moments 8, FP32 gradient 4."""
-FP32_STATE_BYTES_PER_PARAMETER = 16
-"""The same where the parameter is its own main parameter."""
 CHECKPOINT_BYTES_PER_PARAMETER = 12
 """On disk: FP32 main parameter 4, two FP32 moments 8."""
 
@@ -91,8 +76,9 @@ def forecast_speed(
         rate = FP32_SHARE_OF_PEAK * gpu.fp32_flops_per_second / flops
         peak = f"{gpu.fp32_flops_per_second / 1e12:g} TFLOP/s of FP32"
         return Speed(rate, "roofline", f"{FP32_SHARE_OF_PEAK:.0%} (assumed) of the peak of {peak}")
-    reached = _h100_flops_per_second(precision, seq_len)
-    seconds_per_token = flops / (reached * gpu.bf16_flops_per_second / MEASURED_GPU.bf16_flops_per_second)
+    reached = _measured_flops_per_second(precision, seq_len)
+    share = H100_SHARE if gpu.key == "h100" else 1.0
+    seconds_per_token = flops / (reached * share * gpu.bf16_flops_per_second / MEASURED_GPU.bf16_flops_per_second)
     if gpu.bf16_flops_per_second == MEASURED_GPU.bf16_flops_per_second:
         # Slower GPUs are full with smaller micro-batches; how small was not measured, so nothing is taken off for them.
         seconds_per_token += _seconds_per_micro_batch() * (1 / micro_batch_tokens - 1 / MEASURED_MICRO_BATCH_TOKENS)
@@ -102,36 +88,11 @@ def forecast_speed(
             return Speed(rate, "measured", f"measured on {MEASURED_ON}")
         return Speed(rate, "interpolated", f"interpolated between measurements on {MEASURED_ON}")
     peak = f"{gpu.bf16_flops_per_second / 1e12:g} TFLOP/s of BF16 ({gpu.data_sheet})"
-    return Speed(rate, "roofline", f"{peak} x the share of its peak reached at this length on {MEASURED_ON}")
+    less = f" x {H100_SHARE:g}" if gpu.key == "h100" else ""
+    return Speed(rate, "roofline", f"{peak}{less} x the share of its peak reached at this length on {MEASURED_ON}")
 
 
-def forecast_memory_bytes(
-    model: ModelConfig, vocab_rows: int, precision: PrecisionConfig, parallel: ParallelConfig, micro_batch_tokens: int
-) -> float:
-    """Peak memory of one GPU in training: state, what the process needs besides, and activations in proportion to a micro-batch's tokens.
-
-    Args:
-        vocab_rows: rows of the embedding, padding included.
-        micro_batch_tokens: tokens of one micro-batch of a data-parallel rank.
-    """
-    per_token = _activation_bytes_per_token(precision) * _saved_widths(model) / _saved_widths(MEASURED_MODEL)
-    is_fp32 = precision.name == "fp32"
-    state = FP32_STATE_BYTES_PER_PARAMETER if is_fp32 else STATE_BYTES_PER_PARAMETER
-    ranks = parallel.tensor_parallel * parallel.context_parallel
-    held = state * parameter_count(model, vocab_rows) / parallel.tensor_parallel
-    return held + _process_bytes(precision) + per_token * micro_batch_tokens / ranks
-
-
-def largest_micro_batch_tokens(
-    model: ModelConfig, vocab_rows: int, precision: PrecisionConfig, parallel: ParallelConfig, memory_bytes: float
-) -> int:
-    """Most tokens of a micro-batch that fit into `memory_bytes` by `forecast_memory_bytes`; 0 or less if even the state does not."""
-    held = forecast_memory_bytes(model, vocab_rows, precision, parallel, 0)
-    per_token = forecast_memory_bytes(model, vocab_rows, precision, parallel, 1) - held
-    return math.floor((memory_bytes - held) / per_token)
-
-
-def _h100_flops_per_second(precision: PrecisionConfig, seq_len: int) -> float:
+def _measured_flops_per_second(precision: PrecisionConfig, seq_len: int) -> float:
     """Model FLOP/s of the measured runs, linear between the logarithms of their lengths and level outside them."""
     lengths = list(FP8_TOKENS_PER_SECOND)
     reached = [rate * _measured_flops_per_token(length) for length, rate in FP8_TOKENS_PER_SECOND.items()]
@@ -145,8 +106,8 @@ def _measured_flops_per_token(seq_len: int) -> float:
 
 def _seconds_per_micro_batch() -> float:
     """Time that a micro-batch takes whatever its size, from the two sizes that were measured."""
-    slower, faster = 1 / FP8_TOKENS_PER_SECOND[2048], 1 / FP8_TOKENS_PER_SECOND_AT_65536
-    return (slower - faster) / (1 / MEASURED_MICRO_BATCH_TOKENS - 1 / 65_536)
+    slower, faster = 1 / FP8_TOKENS_PER_SECOND_AT_16384, 1 / FP8_TOKENS_PER_SECOND[2048]
+    return (slower - faster) / (1 / 16_384 - 1 / MEASURED_MICRO_BATCH_TOKENS)
 
 
 def _was_measured(precision: PrecisionConfig, seq_len: int, micro_batch_tokens: int) -> bool:
@@ -156,7 +117,7 @@ def _was_measured(precision: PrecisionConfig, seq_len: int, micro_batch_tokens: 
         return False
     if micro_batch_tokens == MEASURED_MICRO_BATCH_TOKENS:
         return seq_len in FP8_TOKENS_PER_SECOND
-    return (seq_len, micro_batch_tokens) == (2048, 65_536)
+    return (seq_len, micro_batch_tokens) == (2048, 16_384)
 
 
 def _same_shape(model: ModelConfig) -> bool:
@@ -170,29 +131,3 @@ def _same_shape(model: ModelConfig) -> bool:
         "embedding_rank",
     )
     return all(getattr(model, name) == getattr(MEASURED_MODEL, name) for name in names)
-
-
-def _saved_widths(model: ModelConfig) -> int:
-    """Numbers per token that the layers keep for the backward pass: residual stream and norms 4 H, query and attention output 2 Q,
-    keys and values 2 K, the three of SwiGLU 3 F."""
-    query, key = model.num_attention_heads * model.head_dim, model.kv_groups * model.head_dim
-    return model.num_layers * (4 * model.hidden_size + 2 * query + 2 * key + 3 * model.ffn_hidden_size)
-
-
-def _activation_bytes_per_token(precision: PrecisionConfig) -> float:
-    """Of the measured model, from the two micro-batches that were measured; FP32 is taken as twice BF16."""
-    (small_tokens, small_bytes), (large_tokens, large_bytes) = _measured_memory(precision)
-    return (large_bytes - small_bytes) / (large_tokens - small_tokens) * (2 if precision.name == "fp32" else 1)
-
-
-def _process_bytes(precision: PrecisionConfig) -> float:
-    """What the measured runs held besides state and activations."""
-    (small_tokens, small_bytes), (large_tokens, large_bytes) = _measured_memory(precision)
-    per_token = (large_bytes - small_bytes) / (large_tokens - small_tokens)
-    rows = MEASURED_MODEL.padded_vocab_size(MEASURED_VOCAB_SIZE)
-    return small_bytes - per_token * small_tokens - STATE_BYTES_PER_PARAMETER * parameter_count(MEASURED_MODEL, rows)
-
-
-def _measured_memory(precision: PrecisionConfig) -> tuple[tuple[int, float], tuple[int, float]]:
-    small, large = PEAK_MEMORY_BYTES["fp8" if precision.is_fp8 else "bf16"].items()
-    return small, large

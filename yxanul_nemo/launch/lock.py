@@ -83,7 +83,7 @@ class RunLock:
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                owner = _Owner.read(fd)
+                owner = Owner.read(fd)
                 if owner is None or not owner.is_gone() or time.monotonic() >= deadline:
                     raise self._refusal(owner) from None
                 if not told:
@@ -118,7 +118,7 @@ class RunLock:
         os.ftruncate(fd, 0)
         os.pwrite(fd, json.dumps(owner, indent=1).encode() + b"\n", 0)
 
-    def _refusal(self, owner: "_Owner | None") -> UserError:
+    def _refusal(self, owner: "Owner | None") -> UserError:
         holder, stop = str(owner or "another launcher"), f"fuser -v {self.path}"
         if owner is not None and owner.is_gone():
             holder = f"processes left behind by {holder}"
@@ -132,8 +132,32 @@ class RunLock:
         )
 
 
+def running_launcher(run_dir: Path) -> "Owner | None":
+    """The launcher of this machine that is at work in a run's folder, by what the lock's file says; takes no lock.
+
+    One on another machine cannot be seen from here.
+    """
+    try:
+        fd = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        owner, held = Owner.read(fd), _is_held(os.fstat(fd))
+    finally:
+        os.close(fd)
+    here = owner is not None and owner.host == socket.gethostname()
+    return owner if held and here and not owner.is_gone() else None
+
+
+def _is_held(file: os.stat_result) -> bool:
+    """Whether a process of this machine holds a lock on a file, by proc_locks(5); devices are left out, which file systems number
+    in two ways."""
+    locks = (line.split() for line in Path("/proc/locks").read_text(encoding="ascii").splitlines())
+    return any(field.endswith(f":{file.st_ino}") for fields in locks for field in fields)
+
+
 @dataclass(frozen=True)
-class _Owner:
+class Owner:
     """The launcher that signed a lock's file last."""
 
     pid: int
@@ -143,7 +167,7 @@ class _Owner:
     command: str
 
     @classmethod
-    def read(cls, fd: int) -> "_Owner | None":
+    def read(cls, fd: int) -> "Owner | None":
         try:
             written = json.loads(os.pread(fd, MAX_OWNER_BYTES, 0))
             ticks = written.get("start_ticks")

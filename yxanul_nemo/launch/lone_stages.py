@@ -5,9 +5,13 @@ import warnings
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.log import configure_logging
 
-LONE_STAGES = ("plan", "check", "bench", "inspect_data", "compare_tokenizers", "generate", "evaluate", "import")
+LONE_STAGES = (
+    "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "generate", "evaluate", "import",
+    "help",
+)  # fmt: skip
 WITH_SOURCES = ("generate", "evaluate", "import", "validate")
 """Stages that `from` says something to."""
 
@@ -29,6 +33,9 @@ def lone_stage(config: RunConfig) -> str | None:
 
 def run_lone_stage(config: RunConfig, name: str) -> bool:
     """Run one of `LONE_STAGES`; False if it finds that the recipe, or a case of the benchmark, cannot run on this machine."""
+    if name == "help":
+        print(help_text())
+        return True
     if name == "plan":
         from yxanul_nemo.launch.plan_stage import run_plan_stage
 
@@ -38,6 +45,21 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
     if name in WITH_SOURCES:
         _quiet_libraries()
         _use_models(config, name)
+        return True
+    if name == "report":
+        from yxanul_nemo.report.stage import run_report_stage
+
+        run_report_stage(config)
+        return True
+    if name == "status":
+        from yxanul_nemo.launch.status import show_status
+
+        show_status(config)
+        return True
+    if name == "cancel":
+        from yxanul_nemo.launch.cancel import cancel_run
+
+        cancel_run(config)
         return True
     if name in ("check", "bench"):
         _quiet_libraries()

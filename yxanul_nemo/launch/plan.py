@@ -9,17 +9,15 @@ from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.estimates import (
-    CHECKPOINT_BYTES_PER_PARAMETER,
-    GIB,
-    forecast_memory_bytes,
-    forecast_speed,
-    largest_micro_batch_tokens,
-)
-from yxanul_nemo.launch.gpus import Gpu, check_gpu_precision, choose_gpu, gpu_named
-from yxanul_nemo.launch.processes import process_count, threads_per_process
+from yxanul_nemo.gpu_table import Gpu
+from yxanul_nemo.launch.estimates import CHECKPOINT_BYTES_PER_PARAMETER, Speed, forecast_speed
+from yxanul_nemo.launch.gpus import check_gpu_precision, choose_gpu
+from yxanul_nemo.launch.plan_warnings import plan_warnings
+from yxanul_nemo.launch.processes import process_count, threads_per_process, world_size
 from yxanul_nemo.launch.progress_made import PhaseDone, phases_done
+from yxanul_nemo.launch.scaling import RunAtScale, Simulator, gpu_counts
 from yxanul_nemo.model.counts import parameter_count, training_flops_per_token
+from yxanul_nemo.model.memory import forecast_memory_bytes
 from yxanul_nemo.training.identity import expected_run
 from yxanul_nemo.training.phases import (
     Phase,
@@ -33,8 +31,6 @@ from yxanul_nemo.training.phases import tokens_per_source as planned_tokens_per_
 from yxanul_nemo.training.schedule import learning_rate, warmup_tokens
 
 PLAN_VERSION = 1
-COMFORTABLE_SHARE = 0.92
-"""Of a GPU's memory; above it fragmentation, a display or validation may be what is too much."""
 SUPERBPE_VOCAB_SIZE = 200_005
 ASSUMED_VOCAB_SIZE = 50_000
 CHARS_PER_TOKEN = {"superbpe_t80k": 6.9, "superbpe_t180k": 6.3}
@@ -124,6 +120,8 @@ class Plan:
     checkpoints_kept: int
     """At most, the one being written included."""
     checkpoints_disk_bytes: int
+    scaling: list[RunAtScale]
+    """The run on 1, 2, 4, ... to `plan.scale_to` GPUs; empty where that is not set."""
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -155,7 +153,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
     vocab_size, vocab_size_source = _vocab_size(config, manifest)
     text = _TextLength(config, manifest, sizes)
     done = phases_done(config.run.dir, ledger, phases)
-    forecaster = _Forecaster(config, gpu, data_parallel, vocab_size, text, total_tokens(phases))
+    forecaster = _Forecaster(config, gpu, ranks, data_parallel, vocab_size, text, total_tokens(phases))
     rows = [forecaster.phase(phase, done.get(phase.number)) for phase in phases]
     seconds = sum(row.seconds for row in rows)
     gpu_hours = seconds / 3600 * ranks
@@ -190,7 +188,8 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         checkpoint_bytes=parameters * CHECKPOINT_BYTES_PER_PARAMETER,
         checkpoints_kept=kept,
         checkpoints_disk_bytes=kept * parameters * CHECKPOINT_BYTES_PER_PARAMETER,
-        warnings=_warnings(config, gpu, found, ranks, rows, vocab_size, vocab_size_source),
+        scaling=forecaster.at_scale(phases),
+        warnings=plan_warnings(config, gpu, found, ranks, rows, vocab_size, vocab_size_source),
     )
 
 
@@ -239,6 +238,7 @@ class _TextLength:
 class _Forecaster:
     config: RunConfig
     gpu: Gpu | None
+    ranks: int
     data_parallel: int
     vocab_size: int
     text: _TextLength
@@ -251,12 +251,13 @@ class _Forecaster:
             phase, self.data_parallel, parallel.micro_batch_tokens, precision.token_multiple
         )
         micro_batch_tokens = micro_batch_size * phase.seq_len
-        model_ranks = parallel.tensor_parallel * parallel.context_parallel
-        cores = threads_per_process(config, self.data_parallel * model_ranks)
-        speed = forecast_speed(
-            config.model, self.vocab_size, precision, self.gpu, phase.seq_len, micro_batch_tokens, cores
-        )
-        tokens_per_second = speed.tokens_per_second * self.data_parallel * model_ranks
+        speed = self._speed(phase.seq_len, micro_batch_tokens)
+        if self.gpu is None:
+            # A CPU's ranks send through memory; that was not measured and is small beside their computing.
+            tokens_per_second = speed.tokens_per_second * self.ranks
+        else:
+            step = self._simulator().step(phase.seq_len, micro_batch_tokens, accumulation, self.ranks)
+            tokens_per_second = phase.tokens_per_step / step.seconds
         memory_bytes = None
         if self.gpu is not None:
             rows = config.model.padded_vocab_size(self.vocab_size)
@@ -287,6 +288,32 @@ class _Forecaster:
             done=done,
         )
 
+    def at_scale(self, phases: list[Phase]) -> list[RunAtScale]:
+        """The run on 1, 2, 4, ... to `plan.scale_to` GPUs."""
+        scale_to = self.config.plan.scale_to
+        if scale_to is None:
+            return []
+        if self.gpu is None:
+            raise UserError(
+                "plan.scale_to", f"is {scale_to} for a run on a CPU", "a GPU", "Name one, as in plan.gpu=h100."
+            )
+        simulator = self._simulator()
+        return [simulator.run(phases, gpus) for gpus in gpu_counts(scale_to, simulator.model_ranks)]
+
+    def _simulator(self) -> Simulator:
+        def speed(seq_len: int, micro_batch_tokens: int) -> float:
+            return self._speed(seq_len, micro_batch_tokens).tokens_per_second
+
+        return Simulator(self.config, speed, self.vocab_size)
+
+    def _speed(self, seq_len: int, micro_batch_tokens: int) -> Speed:
+        """Of one rank that holds the whole model."""
+        config = self.config
+        cores = threads_per_process(config, min(self.ranks, process_count(config)))
+        return forecast_speed(
+            config.model, self.vocab_size, config.precision, self.gpu, seq_len, micro_batch_tokens, cores
+        )
+
 
 def _ranks(config: RunConfig, gpu: Gpu | None) -> tuple[int, int]:
     """(processes, data-parallel ranks) of the run; `plan.gpus` decides, else what the run itself would start here."""
@@ -294,7 +321,7 @@ def _ranks(config: RunConfig, gpu: Gpu | None) -> tuple[int, int]:
     ranks = config.plan.gpus
     if ranks == "auto":
         on_cpu_by_choice = gpu is None and parallel.processes_per_node == "auto"
-        ranks = 1 if on_cpu_by_choice else process_count(config)
+        ranks = 1 if on_cpu_by_choice else world_size(config)
     model_ranks = parallel.tensor_parallel * parallel.context_parallel
     if ranks % model_ranks:
         raise UserError(
@@ -330,46 +357,3 @@ def _checkpoints_kept(config: RunConfig, phases: list[Phase]) -> int:
     """Most at one time: the ends of phases (the best is one of them), the newest inside phases, and the one being written."""
     inside = sum(int((phase.tokens - 1) // config.checkpoint.every_tokens) for phase in phases)
     return len(phases) + min(config.checkpoint.keep_latest, inside)
-
-
-def _warnings(
-    config: RunConfig,
-    gpu: Gpu | None,
-    found: list[str],
-    ranks: int,
-    rows: list[PhaseForecast],
-    vocab_size: int,
-    vocab_size_source: str,
-) -> list[str]:
-    warnings = []
-    if vocab_size_source == "assumed":
-        warnings.append(f"the tokenizer's vocabulary is not known before stage=data; {vocab_size:,} ids are assumed")
-    here = gpu_named(found[0]) if found else None
-    if gpu is not None and here is not None and here != gpu:
-        warnings.append(f"this machine has {here.name}: plan.gpu=auto plans for it")
-    if ranks > 1:
-        warnings.append(f"speed on {ranks} ranks is taken as {ranks} times that of one: not measured")
-    parallel = config.parallel
-    if gpu is not None and (parallel.layer_spec == "torch" or not parallel.cuda_graph or not parallel.op_fuser):
-        warnings.append(
-            "speed and memory are those of parallel.layer_spec=te with op_fuser and cuda_graph: others are slower"
-        )
-    if gpu is not None:
-        warnings += _memory_warnings(config, gpu, rows, config.model.padded_vocab_size(vocab_size))
-    return warnings
-
-
-def _memory_warnings(config: RunConfig, gpu: Gpu, rows: list[PhaseForecast], vocab_rows: int) -> list[str]:
-    comfortable_bytes = COMFORTABLE_SHARE * gpu.memory_bytes
-    worst = max(rows, key=lambda row: row.memory_bytes or 0.0)
-    if worst.memory_bytes is None or worst.memory_bytes <= comfortable_bytes:
-        return []
-    fits = largest_micro_batch_tokens(config.model, vocab_rows, config.precision, config.parallel, comfortable_bytes)
-    window = max(row.seq_len for row in rows)
-    remedy = (
-        f"parallel.micro_batch_tokens={fits // window * window} fits"
-        if fits >= window
-        else f"not even one window of {window} tokens fits"
-    )
-    needed, there = worst.memory_bytes / GIB, gpu.memory_bytes / GIB
-    return [f"phase {worst.number} needs about {needed:.1f} of {there:.1f} GiB of a GPU's memory; {remedy}"]

@@ -1,8 +1,9 @@
 """`stage=plan`: the plan as one table on standard output and as `run.dir/plan.json`, the only file that it writes."""
 
 import os
+import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -11,10 +12,12 @@ from rich.table import Table
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
+from yxanul_nemo.figures import count, duration, rate, size
 from yxanul_nemo.files import write_json_atomic
-from yxanul_nemo.launch.estimates import GIB
 from yxanul_nemo.launch.gpus import found_gpus
-from yxanul_nemo.launch.plan import COMFORTABLE_SHARE, Plan, make_plan
+from yxanul_nemo.launch.plan import Plan, make_plan
+from yxanul_nemo.launch.scaling_table import print_scaling
+from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB
 
 PLAN_NAME = "plan.json"
 MAX_WIDTH = 1000
@@ -25,12 +28,28 @@ FILE_WIDTH = 150
 def run_plan_stage(config: RunConfig) -> Plan:
     """Make the plan, write it and print it. Raises what `make_plan` does, and UserError if the folder cannot be written."""
     plan = make_plan(config, found_gpus())
+    plan = replace(plan, warnings=plan.warnings + disk_warnings(plan, _free_bytes(config.run.dir)))
     path = config.run.dir / PLAN_NAME
     with disk_errors(config.run.dir, f"writing {PLAN_NAME}"):
         write_json_atomic(path, plan.to_json())
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     print_plan(plan, path, Console(width=FILE_WIDTH if wide else None, highlight=False))
     return plan
+
+
+def disk_warnings(plan: Plan, free_bytes: int) -> list[str]:
+    """What to say where the checkpoints to come do not fit into the free space; those of a finished phase are there already."""
+    done = sum(phase.done is not None and phase.done.saved_tokens == phase.tokens for phase in plan.phases)
+    to_come_bytes = plan.checkpoints_disk_bytes - done * plan.checkpoint_bytes
+    if to_come_bytes <= free_bytes:
+        return []
+    there = f"the disk of {plan.run_dir} has {size(free_bytes)} free"
+    return [f"checkpoints take {size(to_come_bytes)} more, but {there}; free some, or choose another run.dir"]
+
+
+def _free_bytes(folder: Path) -> int:
+    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def print_plan(plan: Plan, path: Path, console: Console) -> None:
@@ -44,6 +63,7 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
         console.print(table)
     for line in summary_lines(plan):
         console.print(line, soft_wrap=True)
+    print_scaling(plan.scaling, console)
     for warning in plan.warnings:
         console.print(f"[yellow]note:[/yellow] {warning}", soft_wrap=True)
     console.print(f"written: {path}", soft_wrap=True, markup=False)
@@ -86,7 +106,7 @@ def _columns_of_training(plan: Plan) -> list[Column]:
     columns = [
         Column("seq\nlen", [str(p.seq_len) for p in phases]),
         Column("text\nchars", [f"{p.text_chars:,.0f}" for p in phases]),
-        Column("tokens", [_count(p.tokens) for p in phases], _count(plan.total_tokens)),
+        Column("tokens", [count(p.tokens) for p in phases], count(plan.total_tokens)),
         Column("steps", [f"{p.steps:,}" for p in phases], f"{plan.total_steps:,}"),
         Column("tokens/\nstep", [f"{p.tokens_per_step:,}" for p in phases]),
         Column(
@@ -105,13 +125,13 @@ def _columns_of_cost(plan: Plan) -> list[Column]:
     phases = plan.phases
     rates = [(p.learning_rate_first, p.learning_rate_peak, p.learning_rate_last) for p in phases]
     speeds = [
-        ("" if p.tokens_per_second_basis == "measured" else "~") + _count(p.tokens_per_second, digits=3) for p in phases
+        ("" if p.tokens_per_second_basis == "measured" else "~") + count(p.tokens_per_second, digits=3) for p in phases
     ]
     columns = [
-        Column("learning rate\nfirst > peak > last", [" > ".join(map(_rate, triple)) for triple in rates]),
+        Column("learning rate\nfirst > peak > last", [" > ".join(map(rate, triple)) for triple in rates]),
         Column("clip", [f"{p.grad_clip:g}" for p in phases]),
         Column("tokens/s\n(~: est.)", speeds),
-        Column("time", [_duration(p.seconds) for p in phases], _duration(plan.total_seconds)),
+        Column("time", [duration(p.seconds) for p in phases], duration(plan.total_seconds)),
     ]
     if plan.gpu_memory_bytes is not None:
         columns.append(Column("memory\nGiB", [_memory(p.memory_bytes, plan.gpu_memory_bytes) for p in phases]))
@@ -120,12 +140,12 @@ def _columns_of_cost(plan: Plan) -> list[Column]:
         trained = sum(d.tokens for d in done if d)
         seconds = sum(d.training_seconds or 0.0 for d in done if d)
         shares = [f"{d.tokens / p.tokens:.0%}" if d else "" for p, d in zip(phases, done, strict=True)]
-        real = [_count(d.tokens_per_second_median, 3) if d and d.tokens_per_second_median else "" for d in done]
-        times = [_duration(d.training_seconds) if d and d.training_seconds else "" for d in done]
+        real = [count(d.tokens_per_second_median, 3) if d and d.tokens_per_second_median else "" for d in done]
+        times = [duration(d.training_seconds) if d and d.training_seconds else "" for d in done]
         columns += [
             Column("done", shares, f"{trained / plan.total_tokens:.0%}", "cyan"),
             Column("real\ntokens/s", real, "", "cyan"),
-            Column("real\ntime", times, _duration(seconds), "cyan"),
+            Column("real\ntime", times, duration(seconds), "cyan"),
         ]
     return columns
 
@@ -140,15 +160,15 @@ def summary_lines(plan: Plan) -> list[str]:
     hours = f", {plan.total_gpu_hours:,.2f} GPU-hours" if plan.gpu_memory_bytes is not None else ""
     lines = [
         f"total: {plan.total_tokens:,} tokens in {plan.total_steps:,} steps, {plan.total_flops:.3g} FLOPs, "
-        f"about {_duration(plan.total_seconds)} of training steps{hours}{cost}",
-        f"checkpoints: {_size(plan.checkpoint_bytes)} each, at most {plan.checkpoints_kept} at a time: "
-        f"{_size(plan.checkpoints_disk_bytes)} of disk",
+        f"about {duration(plan.total_seconds)} of training steps{hours}{cost}",
+        f"checkpoints: {size(plan.checkpoint_bytes)} each, at most {plan.checkpoints_kept} at a time: "
+        f"{size(plan.checkpoints_disk_bytes)} of disk",
     ]
     if plan.sources is None:
         lines.append("epochs: known when stage=data has prepared the corpus")
     else:
         epochs = ", ".join(
-            f"{name} {source.epochs:.2f} (of {_count(source.train_tokens)} tokens)"
+            f"{name} {source.epochs:.2f} (of {count(source.train_tokens)} tokens)"
             for name, source in plan.sources.items()
         )
         lines.append(f"epochs: {epochs}")
@@ -179,28 +199,3 @@ def _numbers(numbers: list[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-def _rate(value: float) -> str:
-    digits, _, exponent = f"{value:.1e}".partition("e")
-    return f"{digits}e{int(exponent)}"
-
-
-def _count(value: float, digits: int = 4) -> str:
-    """With a unit of thousands, to so many significant digits."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.{digits}g}{unit}"
-    return f"{value:.{digits}g}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    if seconds < 2 * 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 72 * 3600 else f"{seconds / 86400:.1f} d"
-
-
-def _size(size_bytes: float) -> str:
-    return f"{size_bytes / 1e9:,.2f} GB" if size_bytes >= 1e8 else f"{size_bytes / 1e6:,.1f} MB"

@@ -2,43 +2,26 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.launch.display import TaskDisplay
 from yxanul_nemo.launch.interrupts import StopSignals
+from yxanul_nemo.launch.slurm.step import srun_command
+from yxanul_nemo.launch.tasks import Task
 
+WORKER = "yxanul_nemo.launch.worker"
 PR_SET_PDEATHSIG = 1
 CONTROL = b"\0yxanul "
-"""Begins what a worker tells the launcher on its standard output: `begin PID` and `end CODE`."""
+"""Begins what a worker tells the launcher on its standard output: `begin PID`, `end CODE`, and `progress JSON` behind a record's line."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker is to do."""
-
-    kind: str
-    """train, validate or export."""
-    phase: int = 0
-    """Phase of a train task."""
-
-    @property
-    def name(self) -> str:
-        """For messages, file names and the worker's command line; `named` reads it back."""
-        return f"phase-{self.phase:02d}" if self.kind == "train" else self.kind
-
-    @classmethod
-    def named(cls, name: str) -> "Task":
-        """The task of this name."""
-        kind, _, phase = name.partition("-")
-        return cls("train", int(phase)) if kind == "phase" else cls(kind)
 
 
 class Workers:
@@ -46,7 +29,8 @@ class Workers:
 
     - on a CPU one worker is started ahead, imports once, and forks a process for each task;
     - on one GPU, whose driver does not survive a fork, the next task's worker is started while the present one is at work;
-    - of several processes torchrun is in charge; only an export is always one process.
+    - of several processes torchrun is in charge; only an export is always one process;
+    - in a Slurm job srun starts them, on all of its nodes.
 
     Workers hold the run's lock and form sessions of their own, so that Ctrl-C in a terminal reaches only the launcher.
     """
@@ -54,8 +38,11 @@ class Workers:
     def __init__(self, config: RunConfig, lock_fd: int, signals: StopSignals):
         self.last_lines: deque[str] = deque(maxlen=20)
         self._config, self._lock_fd, self._signals = config, lock_fd, signals
-        self._ranks = process_count(config)
-        self._forks = self._ranks == 1 and (config.parallel.device == "cpu" or visible_gpus() == 0)
+        self._ranks = world_size(config)
+        self._in_job = config.cluster.scheduler == "slurm"
+        self._waits = self._ranks == 1 and not self._in_job
+        """Whether a worker is given its task on its standard input."""
+        self._forks = self._waits and (config.parallel.device == "cpu" or visible_gpus() == 0)
         self._ahead: subprocess.Popen | None = None
 
     def log_path(self, task: Task) -> Path:
@@ -64,7 +51,7 @@ class Workers:
 
     def start_ahead(self) -> None:
         """Let a worker import what tasks need, where it can wait for one."""
-        if self._ahead is None and self._ranks == 1:
+        if self._ahead is None and self._waits:
             self._ahead = self._start()
 
     def run(self, task: Task, more: bool) -> int:
@@ -79,7 +66,7 @@ class Workers:
         self.last_lines.clear()
         ranks = 1 if task.kind == "export" else self._ranks
         process, self._ahead = self._ahead or self._start(task, ranks), None
-        if self._ranks == 1:
+        if self._waits:
             # If it has ended already, its output says why, and its exit code counts.
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(f"{task.name}\n".encode())
@@ -88,8 +75,8 @@ class Workers:
                 self.start_ahead()
         try:
             self.log_path(task).parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log_path(task), "ab") as log_file:
-                ends = self._follow(process, log_file)
+            with open(self.log_path(task), "ab") as log_file, TaskDisplay(self._config, task, self._signals) as display:
+                ends = self._follow(process, log_file, display, ranks)
         except BaseException:
             _end(process)
             raise
@@ -110,18 +97,22 @@ class Workers:
             self._ahead = None
 
     def _start(self, task: Task | None = None, ranks: int = 1) -> subprocess.Popen:
-        command = [sys.executable, "-m"]
-        if ranks > 1:
-            command += ["yxanul_nemo.launch.ranks", f"--nproc-per-node={ranks}", "--standalone", "-m"]
-        worker = ["yxanul_nemo.launch.worker", str(self._config.run.dir)]
-        if self._ranks > 1:
+        worker = [str(self._config.run.dir)]
+        if not self._waits:
             worker.append(task.name)
         elif self._forks:
             worker.append("--fork")
-        threads = threads_per_process(self._config, ranks)
+        if self._in_job:
+            command = srun_command(self._config, process_count(self._config), ranks) + worker
+        elif ranks > 1:
+            torchrun = ["yxanul_nemo.launch.ranks", f"--nproc-per-node={ranks}", "--standalone"]
+            command = [sys.executable, "-m", *torchrun, "-m", WORKER, *worker]
+        else:
+            command = [sys.executable, "-m", WORKER, *worker]
+        threads = threads_per_process(self._config, min(ranks, process_count(self._config)))
         launcher = os.getpid()
         return subprocess.Popen(
-            command + worker,
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -132,41 +123,52 @@ class Workers:
             preexec_fn=lambda: end_with_parent(launcher),
         )
 
-    def _follow(self, process: subprocess.Popen, log_file: BinaryIO) -> list[int]:
+    def _follow(self, process: subprocess.Popen, log_file: BinaryIO, display: TaskDisplay, ranks: int) -> list[int]:
         """Pass output on to its end, or to the end of the task where the worker stays; what was said of ends."""
-        ends = []
+        begun, ends = 0, []
         for line in process.stdout:
-            text, control, told = line.partition(CONTROL)
+            text, _, told = line.partition(CONTROL)
+            word, _, what = told.partition(b" ")
             if text:
-                self._pass_on(text, log_file)
-            if control:
-                word, number = told.split()
-                if word == b"begin":
-                    self._signals.task_began(int(number))
-                else:
-                    ends.append(int(number))
-                    if self._forks:
-                        break
+                self._keep(text if text.endswith(b"\n") else text + b"\n", log_file)
+                display.text(text, json.loads(what) if word == b"progress" else None)
+            if word == b"begin":
+                begun += 1
+                if not self._in_job:
+                    self._signals.task_began(int(what))
+                elif begun == ranks:
+                    # srun passes signals on to the ranks, which may be on other machines.
+                    self._signals.task_began(process.pid)
+            elif word == b"end":
+                ends.append(int(what))
+                if self._forks:
+                    break
         return ends
 
-    def _pass_on(self, text: bytes, log_file: BinaryIO) -> None:
+    def _keep(self, text: bytes, log_file: BinaryIO) -> None:
         log_file.write(text)
         log_file.flush()
-        sys.stderr.buffer.write(text)
-        sys.stderr.flush()
         self.last_lines.append(text.decode(errors="replace").rstrip())
 
 
+def world_size(config: RunConfig) -> int:
+    """Training processes of the run, on all of its machines."""
+    nodes = config.cluster.nodes if config.cluster.scheduler == "slurm" else 1
+    return nodes * process_count(config)
+
+
 def process_count(config: RunConfig) -> int:
-    """Training processes on this machine."""
+    """Training processes on one machine: this one, or a node of the cluster."""
     count = config.parallel.processes_per_node
     if count != "auto":
         return count
+    if config.cluster.scheduler == "slurm":
+        return 1 if config.parallel.device == "cpu" else max(1, config.cluster.gpus_per_node)
     return 1 if config.parallel.device == "cpu" else max(1, visible_gpus())
 
 
 def threads_per_process(config: RunConfig, processes: int) -> int:
-    """OpenMP threads of each process."""
+    """OpenMP threads of each of so many processes on one machine."""
     return config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // processes)
 
 

@@ -10,7 +10,7 @@ from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.training.phases import Phase
 
 METRICS_NAME = "metrics.jsonl"
-"""As `training.metrics` names it, which is not imported here because it needs torch."""
+"""As `training.sinks` names it, which is not imported here because it needs torch."""
 
 
 @dataclass(frozen=True)

@@ -4,28 +4,22 @@ import signal
 import time
 from typing import Any
 
-from data_prep.manifest import MANIFEST_NAME, load_manifest
 from data_prep.prepare import run_data_stage
-from data_prep.tokenizer import Tokenizer
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError, nearest
-from yxanul_nemo.export.gguf_rules import require_expressible
-from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.files import write_json_atomic, write_text_atomic
 from yxanul_nemo.launch.environment import write_environment
 from yxanul_nemo.launch.interrupts import Interrupted, StopSignals
 from yxanul_nemo.launch.lock import RunLock
 from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
-from yxanul_nemo.launch.processes import Task, Workers
+from yxanul_nemo.launch.processes import Workers
+from yxanul_nemo.launch.run_state import RunState
+from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import configure_logging, logger
-from yxanul_nemo.training.identity import expected_run
-from yxanul_nemo.training.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
-from yxanul_nemo.validation.early_stop import early_stop_tokens
-from yxanul_nemo.validation.files import check_domain_files, check_heldout
-from yxanul_nemo.validation.record import find_result, phase_result_path
+from yxanul_nemo.training.phases import selected_phases
+from yxanul_nemo.validation.record import find_result
 from yxanul_nemo.validation.table import table
 
 STAGES = ("data", "train", "validate", "export")
@@ -80,6 +74,17 @@ def run_stages(config: RunConfig) -> None:
         return
     stages = selected_stages(config.stage)
     selected_phases(config.phases, len(config.curriculum.phases))
+    if config.cluster.scheduler == "slurm":
+        from yxanul_nemo.launch.slurm.submit import submit_chain
+
+        submit_chain(config, stages)
+        return
+    run_here(config, stages)
+    logger.info("done: %s (stage=report makes a page about it)", config.run.dir)
+
+
+def run_here(config: RunConfig, stages: list[str], after: Task | None = None) -> None:
+    """Run stages on this machine, or within the job that this process is part of; `after` must be done. Raises as `run_stages`."""
     configure_logging()
     with StopSignals() as signals:
         try:
@@ -88,7 +93,7 @@ def run_stages(config: RunConfig) -> None:
                 (config.run.dir / PREEMPTED_NAME).unlink(missing_ok=True)
                 chain = Chain(config, stages, lock.fd, signals)
                 try:
-                    chain.run()
+                    chain.run(after)
                 finally:
                     chain.workers.close()
                     if signals.received not in (None, signal.SIGINT):
@@ -96,7 +101,6 @@ def run_stages(config: RunConfig) -> None:
                         write_json_atomic(config.run.dir / PREEMPTED_NAME, marker)
         except Interrupted:
             raise Stopped("the launcher: what is finished is kept.", signals.received) from None
-    logger.info("done: %s", config.run.dir)
 
 
 class Chain:
@@ -104,22 +108,27 @@ class Chain:
 
     def __init__(self, config: RunConfig, stages: list[str], lock_fd: int, signals: StopSignals):
         self.config, self.stages, self.signals = config, stages, signals
-        self.store = CheckpointStore(
-            config.run.dir / "checkpoints", config.checkpoint.keep_latest, config.checkpoint.verify
-        )
+        self.state = RunState(config, stages)
         self.workers = Workers(config, lock_fd, signals)
-        phases = selected_phases(config.phases, len(config.curriculum.phases)) if "train" in stages else []
-        self.tasks = [Task("train", number) for number in phases]
-        self.tasks += [Task(stage) for stage in ("validate", "export") if stage in stages]
         self._recorded = False
-        self._newest_of: tuple[list[str], Checkpoint | None] = ([], None)
 
-    def run(self) -> None:
-        """Do what is not done, checking first what can be checked before anything is spent."""
-        self.store.clean_temporaries()
-        todo = [task for task in self.tasks if not self._is_done(task)]
-        has_data = (self.config.data_dir / MANIFEST_NAME).is_file()
-        self._check_before_data(todo)
+    def run(self, after: Task | None = None) -> None:
+        """Do what is not done, checking first what can be checked before anything is spent.
+
+        Args:
+            after: what must be done before, where another job was to do it.
+        """
+        state = self.state
+        state.store.clean_temporaries()
+        if after is not None and not state.is_done(after):
+            raise UserError(
+                self.config.run.dir,
+                f"{after.name} is not done, by its committed checkpoints and results",
+                f"all of {after.name} before what follows it",
+                "Repeat the command that began this chain; it does what is missing.",
+            )
+        todo, has_data = state.todo(), state.has_data
+        state.check_before_data(todo)
         if "data" in self.stages:
             if not has_data:
                 self._write_records()
@@ -127,42 +136,20 @@ class Chain:
                 self.workers.start_ahead()
             run_data_stage(self.config)
         if todo or ("train" in self.stages and has_data):
-            self._check_with_data(todo)
+            state.check_with_data(todo)
         if todo:
             self._write_records()
             self.workers.start_ahead()
-        for i, task in enumerate(self.tasks):
-            if self._is_done(task):
+        shown = False
+        for i, task in enumerate(state.tasks):
+            if state.is_done(task):
                 logger.info("%s: done already", task.name)
             else:
-                self._run_task(task, more=i + 1 < len(self.tasks))
-            if task.kind == "validate":
+                self._run_task(task, more=i + 1 < len(state.tasks))
+                # The end of a phase has shown it.
+                shown = task.kind == "train"
+            if task.kind == "validate" and not shown:
                 self._show_validation()
-
-    def _check_before_data(self, todo: list[Task]) -> None:
-        if any(task.kind != "export" for task in todo):
-            check_domain_files(self.config.validation)
-        if todo and "train" not in self.stages and self._newest() is None:
-            raise UserError(self.store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
-
-    def _check_with_data(self, todo: list[Task]) -> None:
-        config = self.config
-        manifest = load_manifest(config.data_dir)
-        sizes = source_sizes(config, manifest)
-        if any(task.kind != "export" for task in todo):
-            check_heldout(config.validation, manifest)
-        if any(task.kind == "export" for task in todo) and "gguf" in config.export.formats:
-            folder = config.run.dir / "tokenizer"
-            require_expressible(Tokenizer.load(folder), folder)
-        if "train" not in self.stages:
-            return
-        phases = plan_phases(config.curriculum)
-        check_enough_tokens(config, phases, sizes)
-        if (newest := self._newest()) is not None:
-            # The worker does this again and keeps what was allowed; here it comes before its imports, and for finished runs.
-            newest.read_ledger().require_matches(
-                expected_run(config, manifest, phases), config.checkpoint.allow_mismatch, where=newest.path
-            )
 
     def _write_records(self) -> None:
         if self._recorded:
@@ -191,37 +178,11 @@ class Chain:
                 f"End of {self.workers.log_path(task)}:\n{tail}",
                 exit_code=1,
             )
-        if task.kind == "train" and not self._is_done(task):
+        if task.kind == "train" and not self.state.is_done(task):
             raise Stopped(f"{task.name}: the state is saved.", None)
 
-    def _is_done(self, task: Task) -> bool:
-        newest = self._newest()
-        if newest is None:
-            return False
-        if task.kind == "train":
-            stopped = early_stop_tokens(self.config)
-            return self._is_trained(task.phase, newest) or (stopped is not None and newest.tokens >= stopped)
-        if task.kind == "validate":
-            return find_result(self.config, newest) is not None
-        return is_exported(self.config, newest)
-
-    def _is_trained(self, number: int, newest: Checkpoint) -> bool:
-        """Whether a phase is trained and validated. Having begun phase n + 1 means that n was ended."""
-        if newest.phase < number or (newest.phase == number and not newest.phase_end):
-            return False
-        if phase_result_path(self.config.run.dir, number).is_file():
-            return True
-        return not any(c.phase == number and c.phase_end for c in self.store.list())
-
-    def _newest(self) -> Checkpoint | None:
-        """The checkpoint to go on from, looked for anew when there are other ones than before."""
-        digests = [checkpoint.manifest.digest for checkpoint in self.store.list()]
-        if digests != self._newest_of[0]:
-            self._newest_of = (digests, self.store.newest_good())
-        return self._newest_of[1]
-
     def _show_validation(self) -> None:
-        newest = self._newest()
+        newest = self.state.newest()
         result: dict[str, Any] | None = find_result(self.config, newest) if newest else None
         if result is not None:
             logger.info("validation after %s tokens:\n%s", f"{result['tokens_total']:,}", table(result))

@@ -2,22 +2,29 @@
 
 With a TASK (phase-01, validate, export) it does that one. Without, it imports what tasks need, touching neither GPU nor
 files, and waits for a task's name on its standard input; with --fork it does each one in a forked process and stays.
-It tells the launcher on its standard output, beside the log, where a task begins and how it ends (`processes.CONTROL`).
+It tells the launcher on its standard output, beside the log, where a task begins, how far it is and how it ends
+(`processes.CONTROL`).
 """
 
 import argparse
+import json
 import logging
+import math
 import os
 import signal
 import sys
+import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.processes import CONTROL, Task, end_with_parent
+from yxanul_nemo.launch.processes import CONTROL, end_with_parent
+from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import configure_logging
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -105,6 +112,13 @@ def tell(what: str) -> None:
     os.write(1, CONTROL + what.encode() + b"\n")
 
 
+def tell_progress(line: str, progress: Mapping[str, Any]) -> None:
+    """Say a record's line with the record behind it: a launcher draws the one or passes on the other, a bare terminal shows both."""
+    finite = {name: value if math.isfinite(value) else None for name, value in progress.items()}
+    shown = f"{time.strftime('%H:%M:%S')} {line}".encode()
+    os.write(1, shown + CONTROL + b"progress " + json.dumps(finite).encode() + b"\n")
+
+
 def run(config: RunConfig, task: Task) -> None:
     """Do the task."""
     if task.kind == "train":
@@ -114,7 +128,7 @@ def run(config: RunConfig, task: Task) -> None:
         stop = StopRequest()
         stop.install()
         tell(f"begin {os.getpid()}")
-        PhaseSession(config, task.phase).run(stop)
+        PhaseSession(config, task.phase, tell_progress).run(stop)
         return
     tell(f"begin {os.getpid()}")
     if task.kind == "validate":

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
@@ -20,23 +21,48 @@ from yxanul_nemo.config.training import PrecisionConfig
 PREFIX = "fp8."
 
 
-def scaling_tensors() -> Iterator[tuple[str, Tensor]]:
-    """Name and live tensor of every amax history and scale; nothing under recipes without state."""
+def scaling_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and live tensor of every amax history and scale; nothing under recipes without state.
+
+    Attention cores are counted apart: only some lengths go through Transformer Engine's, and a phase's names must be those of the
+    phase before it. Where they don't compute in FP8, theirs are left out.
+    """
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     state = FP8GlobalStateManager.quantization_state
+    if not state.global_amax_history_buffer:
+        return
+    of_attention = set(_attention_tensors(model))
     for kind, buffers in (("amax_history", state.global_amax_history_buffer), ("scale", state.global_scale_buffer)):
         for key, tensors in buffers.items():
             direction = "forward" if key.startswith("forward") else "backward"
-            for i, tensor in enumerate(tensors):
+            products = [tensor for tensor in tensors if tensor.data_ptr() not in of_attention]
+            for i, tensor in enumerate(products):
                 yield f"{PREFIX}{direction}.{i}.{kind}", tensor
+            if model.config.fp8_dot_product_attention:
+                cores = [tensor for tensor in tensors if tensor.data_ptr() in of_attention]
+                for i, tensor in enumerate(cores):
+                    yield f"{PREFIX}attention.{direction}.{i}.{kind}", tensor
 
 
-def sharded_fp8_state() -> dict[str, ShardedTensor]:
+def _attention_tensors(model: torch.nn.Module) -> Iterator[int]:
+    """Where the scaling tensors of attention cores lie in memory."""
+    from transformer_engine.pytorch import DotProductAttention
+
+    for module in model.modules():
+        if isinstance(module, DotProductAttention):
+            for direction in ("scaling_fwd", "scaling_bwd"):
+                if direction in module.fp8_meta:
+                    yield module.fp8_meta[direction].amax_history.data_ptr()
+                    yield module.fp8_meta[direction].scale.data_ptr()
+
+
+def sharded_fp8_state(model: torch.nn.Module) -> dict[str, ShardedTensor]:
     """The state as Megatron-core's sharded tensors; ranks hold equal values, as amax is reduced over them."""
     replica = min(1, dist.get_rank())
     return {
-        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica) for name, tensor in scaling_tensors()
+        name: ShardedTensor.from_rank_offsets(name, tensor, replica_id=replica)
+        for name, tensor in scaling_tensors(model)
     }
 
 
@@ -65,9 +91,9 @@ def without_absent_scales(state: Mapping[str, Any], present: Collection[str]) ->
 
 
 @contextmanager
-def scaling_state_kept(precision: PrecisionConfig) -> Iterator[None]:
+def scaling_state_kept(model: torch.nn.Module, precision: PrecisionConfig) -> Iterator[None]:
     """Put the state back at the end of the block: a forward pass in it, also without gradients, notes largest values of its own."""
-    kept = [(tensor, tensor.clone()) for _, tensor in scaling_tensors()] if precision.is_fp8 else []
+    kept = [(tensor, tensor.clone()) for _, tensor in scaling_tensors(model)] if precision.is_fp8 else []
     try:
         yield
     finally:

@@ -1,6 +1,7 @@
 """Megatron-core's GPTModel with the factorized tied embedding and a head that never holds [tokens, vocabulary] for the loss."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -70,7 +71,7 @@ class YxanulGPT(GPTModel):
                 z_TBR = tensor_parallel.copy_to_tensor_model_parallel_region(z_TBR)
             logits_TBV = F.linear(z_TBR, output_weight)
             if tp_group is not None:
-                logits_TBV = tensor_parallel.gather_from_tensor_model_parallel_region(logits_TBV)
+                logits_TBV = gather_last_dim(logits_TBV, tp_group)
             return logits_TBV[..., : self.real_vocab_size].transpose(0, 1).float()
         n_time, n_batch, rank = z_TBR.shape
         loss = linear_cross_entropy(
@@ -81,6 +82,17 @@ class YxanulGPT(GPTModel):
             tp_group=tp_group,
         )
         return loss.view(n_time, n_batch).t()
+
+
+def gather_last_dim(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The ranks' shards [..., n] side by side [..., ranks x n]; the gradient of a rank's shard is its own part.
+
+    As Megatron-core's `gather_from_tensor_model_parallel_region`, which allocates on a GPU wherever the shard is (0.19).
+    """
+    parts = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(parts, shard.detach().contiguous(), group=group)
+    parts[group.rank()] = shard
+    return torch.cat(parts, dim=-1)
 
 
 SHORTEST_FUSED_SEQ_LEN = 128
@@ -115,6 +127,8 @@ def transformer_config(
             "fp8_amax_history_len": precision.fp8_amax_history_len,
             "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
             "fp8_dot_product_attention": precision.fp8_attention,
+            # Otherwise attention's projections keep their first FP8 weights until `set_is_first_microbatch`, which a graph cannot hold.
+            "disable_parameter_transpose_cache": True,
         }
     return TransformerConfig(
         num_layers=model.num_layers,

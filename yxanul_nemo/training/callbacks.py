@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from yxanul_nemo.log import logger
 from yxanul_nemo.training.agreement import any_rank
 from yxanul_nemo.training.module import MAX_SKIPPED_IN_A_ROW, PhaseModule
+from yxanul_nemo.training.records import Recorder
 from yxanul_nemo.training.signals import StopRequest
 
 
@@ -21,9 +21,15 @@ class BetweenSteps(pl.Callback):
     """
 
     def __init__(
-        self, every_steps: int, every_tokens: float, save: Callable[[PhaseModule, bool], None], stop: StopRequest
+        self,
+        every_steps: int,
+        every_tokens: float,
+        save: Callable[[PhaseModule, bool], None],
+        stop: StopRequest,
+        recorder: Recorder,
     ):
         self.every_steps, self.every_tokens, self.save, self.stop = every_steps, every_tokens, save, stop
+        self.recorder = recorder
 
     def on_train_start(self, trainer: pl.Trainer, module: PhaseModule) -> None:
         """Start the clock after everything is set up; count tokens from where this process begins."""
@@ -45,7 +51,7 @@ class BetweenSteps(pl.Callback):
         finished = module.steps_done == module.phase.steps
         saves = finished or stop or module.tokens_total - self._saved_at >= self.every_tokens
         if saves or module.steps_done % self.every_steps == 0:
-            self._record(trainer, module)
+            self.recorder.record(trainer.loggers, module)
         if module.steps_done % min(self.every_steps, MAX_SKIPPED_IN_A_ROW) == 0:
             module.check_skips()
         if saves:
@@ -55,26 +61,3 @@ class BetweenSteps(pl.Callback):
             self._saved_at = module.tokens_total
         trainer.should_stop = stop
         self._batch_end = time.perf_counter()
-
-    def _record(self, trainer: pl.Trainer, module: PhaseModule) -> None:
-        record = module.meter.record() | {
-            "phase": module.phase.number,
-            "seq_len": module.phase.seq_len,
-            "step_in_phase": module.steps_done,
-            "learning_rate": module.last_lr,
-            "grad_clip": module.phase.grad_clip,
-            "time_unix": time.time(),
-        }
-        for sink in trainer.loggers:
-            sink.log_metrics(record, step=module.tokens_total)
-        logger.info("%s", _line(module, record))
-
-
-def _line(module: PhaseModule, record: dict[str, float]) -> str:
-    done, planned = module.steps_done, module.phase.steps
-    skipped = f" {record['skipped_steps']} skipped" if record["skipped_steps"] else ""
-    return (
-        f"phase {module.phase.number} seq {module.phase.seq_len:>4} step {done:>5}/{planned} "
-        f"loss {record['loss_nats_per_token']:.4f} bpb {record['bits_per_byte']:.4f} lr {record['learning_rate']:.2e} "
-        f"norm {record['grad_norm']:.2f} {record['tokens_per_second']:,.0f} tok/s {module.tokens_total:,} tokens{skipped}"
-    )

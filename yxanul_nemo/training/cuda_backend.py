@@ -89,7 +89,7 @@ class CudaBackend:
     def sharded_state(self) -> dict[str, Any]:
         """Weights, optimizer and FP8 scales, as views that a checkpoint's tensors can be copied into."""
         state = self.optimizer.sharded_state(self.model.sharded_state_dict())
-        return state | (sharded_fp8_state() if self.is_fp8 else {})
+        return state | (sharded_fp8_state(self.model) if self.is_fp8 else {})
 
     def after_load(self) -> None:
         """Bring what is derived from the loaded state in line with it."""

@@ -6,7 +6,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import parallel_state
@@ -35,7 +34,7 @@ from yxanul_nemo.training.agreement import any_rank, failing_together, from_firs
 from yxanul_nemo.training.backend import Backend, make_backend
 from yxanul_nemo.training.callbacks import BetweenSteps
 from yxanul_nemo.training.identity import expected_run, phase_plan
-from yxanul_nemo.training.metrics import JsonlLogger, StepMeter
+from yxanul_nemo.training.metrics import StepMeter
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.phases import (
     Phase,
@@ -45,7 +44,9 @@ from yxanul_nemo.training.phases import (
     source_sizes,
     total_tokens,
 )
+from yxanul_nemo.training.records import Recorder, Show, log_line, peak_flops_per_second
 from yxanul_nemo.training.signals import StopNow, StopRequest
+from yxanul_nemo.training.sinks import log_validation, make_sinks
 from yxanul_nemo.training.validating import ValidateWithin
 from yxanul_nemo.validation.record import metric_of, phase_result_path
 from yxanul_nemo.validation.stage import validate_model
@@ -60,12 +61,15 @@ def checkpoint_store(config: RunConfig) -> CheckpointStore:
 class PhaseSession:
     """Everything that training one phase needs, built once.
 
+    Args:
+        show: what shows the first rank's records to people.
+
     Raises:
         UserError: no data, too little of it, a machine that cannot run the recipe, or a checkpoint of another run.
     """
 
-    def __init__(self, config: RunConfig, number: int):
-        self.config = config
+    def __init__(self, config: RunConfig, number: int, show: Show = log_line):
+        self.config, self.show = config, show
         self.manifest = load_manifest(config.data_dir)
         self.sizes = source_sizes(config, self.manifest)
         self.phases = plan_phases(config.curriculum)
@@ -181,7 +185,7 @@ class PhaseSession:
             self.ledger,
             config.optim,
             total_tokens(self.phases),
-            StepMeter(self._bytes_per_token(), self._flops_per_token()),
+            StepMeter(self._bytes_per_token(), self._flops_per_token(self.phase)),
             config.precision.bf16_first_tokens,
         )
         batches = PhaseBatches(
@@ -204,10 +208,12 @@ class PhaseSession:
             # Not the scheduler's environment, which Lightning would check and requeue jobs in.
             plugins=[LightningEnvironment()],
             max_epochs=1,
-            logger=self._loggers(),
+            logger=make_sinks(config, self.ledger.tokens_total) if self.rank == 0 else [],
             callbacks=[
                 *self._validating(stop),
-                BetweenSteps(config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop),
+                BetweenSteps(
+                    config.logging.every_steps, config.checkpoint.every_tokens, self._save, stop, self._recorder()
+                ),
             ],
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -226,16 +232,6 @@ class PhaseSession:
 
     def _torch_device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")
-
-    def _loggers(self) -> list[Any]:
-        if self.rank != 0:
-            return []
-        sinks: list[Any] = [JsonlLogger(self.config.run.dir, self.ledger.tokens_total)]
-        if self.config.logging.tensorboard:
-            # Steps after the checkpoint are trained again; purge_step keeps them from standing there twice.
-            first = self.ledger.tokens_total + 1
-            sinks.append(TensorBoardLogger(self.config.run.dir, name="tensorboard", version="", purge_step=first))
-        return sinks
 
     def _save(self, module: PhaseModule, finished: bool) -> None:
         """Commit a checkpoint: every rank writes its shards, the first one the ledger and the manifest."""
@@ -257,8 +253,13 @@ class PhaseSession:
         ]
         return float(sum(share * ratio for share, ratio in zip(self.shares, ratios, strict=True)))
 
-    def _flops_per_token(self) -> float:
-        return training_flops_per_token(self.config.model, self.manifest.vocab_size, self.phase.seq_len)
+    def _flops_per_token(self, phase: Phase) -> float:
+        return training_flops_per_token(self.config.model, self.manifest.vocab_size, phase.seq_len)
+
+    def _recorder(self) -> Recorder:
+        flops = [self._flops_per_token(phase) for phase in self.phases]
+        peak = peak_flops_per_second(self.config.precision, self.device, self.world_size)
+        return Recorder(self.phases, flops, self.device, peak, self.show if self.rank == 0 else log_line)
 
     def _validate(self) -> None:
         checkpoint = self.checkpoint
@@ -267,6 +268,7 @@ class PhaseSession:
         if self.rank == 0:
             metric = self.config.validation.best_metric
             self.store.mark_best(checkpoint, metric, metric_of(result, metric))
+            log_validation(self.config, result)
             # Last, because the phase counts as done by it.
             write_json_atomic(phase_result_path(self.config.run.dir, self.phase.number), result)
             logger.info("validation after phase %d:\n%s", self.phase.number, table(result))

@@ -69,7 +69,7 @@ class ValidateWithin(pl.Callback):
                 name: evenly(documents, most) for name, documents in run_domains(config, self.manifest).items()
             }
         model = module.backend.model
-        with scaling_state_kept(config.precision):
+        with scaling_state_kept(model, config.precision):
             model.eval()
             result = validate_at_lengths(config, self.manifest.eos_id, model, self._domains, phase.seq_len, self.device)
             model.train()
@@ -84,10 +84,10 @@ class ValidateWithin(pl.Callback):
         with failing_together(), disk_errors(config.run.dir, "writing a validation result"):
             if dist.get_rank() == 0:
                 write_json_atomic(in_phase_result_path(config.run.dir, phase.number, tokens), about | result)
-        record = {"validation_mean_bits_per_byte": result["mean_bits_per_byte"]}
-        record |= {f"validation_bits_per_byte_{n}": score["bits_per_byte"] for n, score in result["domains"].items()}
+        record = {"validation/mean_bits_per_byte": result["mean_bits_per_byte"]}
+        record |= {f"validation/{n}_bits_per_byte": score["bits_per_byte"] for n, score in result["domains"].items()}
         for sink in trainer.loggers:
-            sink.log_metrics({**record, "validation_seconds": seconds, "phase": phase.number}, step=tokens)
+            sink.log_metrics({**record, "validation/seconds": seconds, "phase": phase.number}, step=tokens)
         of_domains = ", ".join(f"{name} {score['bits_per_byte']:.4f}" for name, score in result["domains"].items())
         logger.info(
             "validation at %s tokens: %.4f bits per byte (%s), %.1f s",

@@ -1,0 +1,158 @@
+"""`docs/config.md` from the schema and the files of `conf/`: `python -m yxanul_nemo.config.reference` writes it."""
+
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from yxanul_nemo.config.load import CONF_DIR, REPO_DIR
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.files import write_text_atomic
+
+PATH = REPO_DIR / "docs" / "config.md"
+HEAD = """# Configuration reference
+
+Written by `uv run python -m yxanul_nemo.config.reference` from the schema in `yxanul_nemo/config/`; do not edit it.
+
+A recipe (`recipe=NAME`) chooses one file from each folder of `conf/` and changes what it must. On the command line, `group=option`
+chooses another file and `key=value` changes one key; later ones win. `+key=value` adds what no file has, such as another source;
+`~key` takes something out. `--cfg job` shows the result. Lists count from 0: `curriculum.phases.0.seq_len=16` is the first phase.
+The default is the schema's; a file of `conf/` may say something else, and where there is "-" it has to.
+"""
+
+
+def reference() -> str:
+    """The page's text."""
+    parts = [HEAD, _recipes(), "## Top level\n", _table(_leaves(RunConfig))]
+    for name, field in RunConfig.model_fields.items():
+        section = _section(field.annotation)
+        if section is None:
+            continue
+        parts.append(f"## {name}\n\n{_flow(section.__doc__ or '')}\n")
+        if len(list((CONF_DIR / name).glob("*.yaml"))) > 1:
+            parts.append(_options(name))
+        parts.append(_table(_leaves(section, f"{name}.")))
+    return "\n".join(parts)
+
+
+def first_comment(path: Path) -> str:
+    """What a file of `conf/` says it is for."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    comments = []
+    for line in lines:
+        if line.startswith("# @package"):
+            continue
+        if not line.startswith("# "):
+            break
+        comments.append(line[2:].strip())
+    return re.split(r"(?<=\.) ", " ".join(comments), maxsplit=1)[0].rstrip(".")
+
+
+def recipes() -> dict[str, str]:
+    """Each recipe with its description."""
+    found = {}
+    for path in sorted((CONF_DIR / "recipe").glob("*.yaml")):
+        found[path.stem] = yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["description"]
+    return found
+
+
+def _recipes() -> str:
+    rows = [f"| `{name}` | {_cell(text)} |" for name, text in recipes().items()]
+    return "\n".join(["## recipe\n", "| option | what it is |", "|---|---|", *rows, ""])
+
+
+def _options(group: str) -> str:
+    rows = [
+        f"| `{group}={path.stem}` | {_cell(first_comment(path))} |"
+        for path in sorted((CONF_DIR / group).glob("*.yaml"))
+    ]
+    return "\n".join(["| option | what it is |", "|---|---|", *rows, ""])
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Keys of a section and of what lies in its maps and lists; at the top without the sections, which have their own tables."""
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
+        if inner is not None:
+            if section is not RunConfig:
+                yield from _leaves(inner, f"{prefix}{name}.")
+            continue
+        yield prefix + name, field
+        for one in (field.annotation, *get_args(field.annotation)):
+            arguments = get_args(one)
+            if arguments and isinstance(arguments[-1], type) and issubclass(arguments[-1], BaseModel):
+                place = "N" if get_origin(one) is list else "NAME"
+                yield from _leaves(arguments[-1], f"{prefix}{name}.{place}.")
+
+
+def _table(leaves: Iterator[tuple[str, FieldInfo]]) -> str:
+    rows = []
+    for key, field in leaves:
+        cells = (_type(field.annotation) + _bounds(field), _default(field), _flow(field.description or ""))
+        rows.append(f"| `{key}` | {' | '.join(map(_cell, cells))} |")
+    return "\n".join(["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""])
+
+
+def _type(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return " or ".join(f"`{value}`" for value in arguments)
+    if origin is types.UnionType or str(origin) == "typing.Union":
+        return " or ".join(_type(one) for one in arguments)
+    if hasattr(annotation, "__metadata__"):
+        return _type(arguments[0])
+    if origin is list:
+        return f"list of {_type(arguments[0])}"
+    if origin is dict:
+        return f"map from name to {_type(arguments[1])}"
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "the keys below"
+    if annotation is type(None):
+        return "null"
+    return {"str": "text", "bool": "true or false", "int": "integer", "float": "number", "Path": "path"}[
+        annotation.__name__
+    ]
+
+
+def _bounds(field: FieldInfo) -> str:
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    words = [
+        f"{sign} {getattr(limit, name):g}"
+        for limit in field.metadata
+        for name, sign in signs.items()
+        if getattr(limit, name, None) is not None
+    ]
+    return f", {', '.join(words)}" if words else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "-"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Path):
+        return f"`{value}`"
+    shown = f"{value:g}" if isinstance(value, float) else yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return f"`{shown.removesuffix('...\n').strip()}`"
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
+
+
+def _flow(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    PATH.parent.mkdir(exist_ok=True)
+    write_text_atomic(PATH, reference())
+    print(f"written: {PATH}")

@@ -1,0 +1,72 @@
+"""What `--help` and `stage=help` say: stages, recipes, groups and keys, where things end up, exit codes."""
+
+from yxanul_nemo.config.load import CONF_DIR
+from yxanul_nemo.config.reference import recipes
+
+PIPELINE = {
+    "data": "parquet to tokenizer to Megatron .bin/.idx files with a manifest",
+    "train": "the phases of the curriculum, each a process that starts from the checkpoint before it; phases=3-5 for a part",
+    "validate": "bits per byte of the newest checkpoint on held-out text; from=PATH for another model, from=[A,B] compares two",
+    "export": "export/model.nemo and export/hf of the newest checkpoint, loaded anew and compared with it",
+}
+LOOKING = {
+    "plan": "before anything is spent: steps, learning rates, speed, time, memory, cost, disk; beside a run what is done;\n"
+    "plan.gpu=h100 plan.gpus=8 plan.price_per_gpu_hour=2.5",
+    "check": "what this machine can do and what the recipe would use here; exit code 1 if it cannot run",
+    "bench": "tokens/s, MFU and memory of the training step for each phase; bench.seq_len=[8,2048] bench.profile=true",
+    "status": "what is done, running and waiting, with speed and time left",
+    "cancel": "ends the jobs of a run that cluster=slurm has submitted",
+    "inspect_data": "the prepared corpus with samples",
+    "compare_tokenizers": "the run's tokenizer beside plain BPE of its size",
+    "report": "run.dir/report/index.html: curves, plan and reality, held-out text, samples; runs=[runs/a,runs/b] compares",
+    "generate": "text from the run's best checkpoint or from=PATH: prompt='Once upon a time' generate.temperature=0.8",
+    "evaluate": "the same model at questions made of held-out text; evaluate.tasks=[gsm8k] and others",
+    "import": "from=PATH, a .nemo file or Hugging Face folder, as the first checkpoint of a new run",
+    "help": "this page",
+}
+
+
+def help_text() -> str:
+    """The whole page."""
+    groups = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "recipe")
+    options = {name: sorted(path.stem for path in (CONF_DIR / name).glob("*.yaml")) for name in groups}
+    choices = {name: ", ".join(names) for name, names in options.items() if len(names) > 1}
+    return f"""\
+Train a small GPT through a curriculum of rising sequence lengths: from text to a validated, exported model.
+
+  python launcher.py                                    the demo: everything on a CPU, in about three minutes
+  python launcher.py recipe=NAME stage=STAGE key=value ...
+
+Try in this order: stage=plan, stage=check, stage=all, stage=report.
+
+STAGES  all (the default) is these four; each also alone, several as 'stage=[train,export]' (quoted: shells read [])
+{_entries(PIPELINE)}
+These run alone; all but cancel and import only look:
+{_entries(LOOKING)}
+
+RECIPES  recipe=NAME, a short list of choices over conf/
+{_entries(recipes())}
+
+CHOICES  group=option, another file of conf/
+{_entries(choices)}
+
+KEYS  key=value changes one, as in optim.lr=3e-4 or curriculum.phases.0.seq_len=16; +key=value adds, ~key takes out.
+  All keys with meaning, unit and default: docs/config.md. What a command line comes to: --cfg job.
+
+REPEATING a command does only what is not done yet, after a crash too. Ctrl-C, SIGTERM and SIGUSR1 save and end.
+Everything of a run is in run.dir (default runs/<recipe>): checkpoints/, metrics.jsonl, tensorboard/, validation/, export/, logs/.
+
+ON SLURM  cluster=slurm submits the stages as a chain of jobs; cluster.dry_run=true only prints them.
+
+EXIT CODES  0 done, or saved and stopped by a scheduler; 1 a failure of ours; 2 a mistake in what was asked for; 130 Ctrl-C.
+
+TAB COMPLETION in bash: eval "$(python launcher.py -sc install=bash)"; Hydra's own options: --hydra-help"""
+
+
+def _entries(entries: dict[str, str]) -> str:
+    width = max(map(len, entries)) + 2
+    lines = []
+    for name, words in entries.items():
+        first, *more = words.split("\n")
+        lines += [f"  {name:<{width}}{first}", *(f"  {'':<{width}}{line}" for line in more)]
+    return "\n".join(lines)

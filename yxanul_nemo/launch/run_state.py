@@ -1,0 +1,105 @@
+"""What of a run is done, by what lies in its folder, and what can be checked before any of the rest is spent. Light."""
+
+from data_prep.manifest import MANIFEST_NAME, load_manifest
+from data_prep.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.export.gguf_rules import require_expressible
+from yxanul_nemo.export.record import is_exported
+from yxanul_nemo.launch.extras import check_trackers
+from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.training.identity import expected_run
+from yxanul_nemo.training.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
+from yxanul_nemo.validation.early_stop import early_stop_tokens
+from yxanul_nemo.validation.files import check_domain_files, check_heldout
+from yxanul_nemo.validation.record import find_result, phase_result_path
+
+
+class RunState:
+    """The chosen stages of one run as tasks, and which of them are done.
+
+    Args:
+        stages: some of data, train, validate, export.
+    """
+
+    def __init__(self, config: RunConfig, stages: list[str]):
+        self.config, self.stages = config, stages
+        self.store = CheckpointStore(
+            config.run.dir / "checkpoints", config.checkpoint.keep_latest, config.checkpoint.verify
+        )
+        phases = selected_phases(config.phases, len(config.curriculum.phases)) if "train" in stages else []
+        self.tasks = [Task("train", number) for number in phases]
+        self.tasks += [Task(stage) for stage in ("validate", "export") if stage in stages]
+        self._newest_of: tuple[list[str], Checkpoint | None] = ([], None)
+
+    @property
+    def has_data(self) -> bool:
+        """Whether the corpus is prepared."""
+        return (self.config.data_dir / MANIFEST_NAME).is_file()
+
+    def todo(self) -> list[Task]:
+        """The tasks that are not done; preparing the corpus is not among them."""
+        return [task for task in self.tasks if not self.is_done(task)]
+
+    def is_done(self, task: Task) -> bool:
+        """Whether nothing of a task is left to do. What follows training is not done while a chosen phase is not."""
+        if task.kind == "data":
+            return self.has_data
+        newest = self.newest()
+        if newest is None:
+            return False
+        if task.kind == "train":
+            return self._is_trained(task.phase, newest)
+        if not all(self._is_trained(other.phase, newest) for other in self.tasks if other.kind == "train"):
+            return False
+        if task.kind == "validate":
+            return find_result(self.config, newest) is not None
+        return is_exported(self.config, newest)
+
+    def newest(self) -> Checkpoint | None:
+        """The checkpoint to go on from, looked for anew when there are other ones than before."""
+        digests = [checkpoint.manifest.digest for checkpoint in self.store.list()]
+        if digests != self._newest_of[0]:
+            self._newest_of = (digests, self.store.newest_good())
+        return self._newest_of[1]
+
+    def check_before_data(self, todo: list[Task]) -> None:
+        """What needs no corpus; raises UserError."""
+        if any(task.kind != "export" for task in todo):
+            check_domain_files(self.config.validation)
+        if any(task.kind == "train" for task in todo):
+            check_trackers(self.config.logging)
+        if todo and "train" not in self.stages and self.newest() is None:
+            raise UserError(self.store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
+
+    def check_with_data(self, todo: list[Task]) -> None:
+        """The prepared corpus and the newest checkpoint against the configured run; raises UserError."""
+        config = self.config
+        manifest = load_manifest(config.data_dir)
+        sizes = source_sizes(config, manifest)
+        if any(task.kind != "export" for task in todo):
+            check_heldout(config.validation, manifest)
+        if any(task.kind == "export" for task in todo) and "gguf" in config.export.formats:
+            folder = config.run.dir / "tokenizer"
+            require_expressible(Tokenizer.load(folder), folder)
+        if "train" not in self.stages:
+            return
+        phases = plan_phases(config.curriculum)
+        check_enough_tokens(config, phases, sizes)
+        if (newest := self.newest()) is not None:
+            # The worker does this again and keeps what was allowed; here it comes before its imports, and for finished runs.
+            newest.read_ledger().require_matches(
+                expected_run(config, manifest, phases), config.checkpoint.allow_mismatch, where=newest.path
+            )
+
+    def _is_trained(self, number: int, newest: Checkpoint) -> bool:
+        """Whether a phase is trained and validated, or left out by an early stop. Having begun phase n + 1 means that n was ended."""
+        stopped = early_stop_tokens(self.config)
+        if stopped is not None and newest.tokens >= stopped:
+            return True
+        if newest.phase < number or (newest.phase == number and not newest.phase_end):
+            return False
+        if phase_result_path(self.config.run.dir, number).is_file():
+            return True
+        return not any(c.phase == number and c.phase_end for c in self.store.list())

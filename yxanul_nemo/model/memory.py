@@ -1,0 +1,120 @@
+"""What training takes of a GPU's memory, and the micro-batch that fits: the 197M model's measured peaks, carried over by widths. No torch.
+
+The peaks are those of `torch.cuda.max_memory_allocated` in `stage=bench` (BENCHMARKS.md).
+"""
+
+import math
+
+from yxanul_nemo.config.model import ModelConfig
+from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.model.counts import parameter_count
+
+GIB = 1 << 30
+MEASURED_MODEL = ModelConfig(
+    name="yxanul_197m",
+    num_layers=28,
+    hidden_size=768,
+    ffn_hidden_size=2048,
+    num_attention_heads=12,
+    kv_groups=2,
+    head_dim=64,
+    embedding_rank=128,
+)
+MEASURED_VOCAB_SIZE = 200_005
+PEAK_MEMORY_BYTES = {"fp8": {32_768: 20.5 * GIB, 65_536: 37.3 * GIB}, "bf16": {32_768: 22.7 * GIB, 65_536: 41.8 * GIB}}
+"""By micro-batch tokens, at 2048."""
+
+STATE_BYTES_PER_PARAMETER = 18
+"""On a GPU: BF16 parameter 2, FP32 main parameter 4, two FP32 moments 8, FP32 gradient 4."""
+FP32_STATE_BYTES_PER_PARAMETER = 16
+"""The same where the parameter is its own main parameter."""
+COMFORTABLE_SHARE = 0.92
+"""Of a GPU's memory; above it fragmentation, a display or validation may be what is too much."""
+MOST_MICRO_BATCH_TOKENS = 65_536
+"""Beyond it a larger micro-batch gains nothing on an H200."""
+CPU_MICRO_BATCH_TOKENS = 4_096
+"""On a CPU, whose caches a larger one would leave."""
+
+
+def forecast_memory_bytes(
+    model: ModelConfig, vocab_rows: int, precision: PrecisionConfig, parallel: ParallelConfig, micro_batch_tokens: int
+) -> float:
+    """Peak memory of one GPU in training: state, what the process needs besides, and activations in proportion to a micro-batch's tokens.
+
+    Args:
+        vocab_rows: rows of the embedding, padding included.
+        micro_batch_tokens: tokens of one micro-batch of a data-parallel rank.
+    """
+    per_token = _activation_bytes_per_token(precision) * _saved_widths(model) / _saved_widths(MEASURED_MODEL)
+    is_fp32 = precision.name == "fp32"
+    state = FP32_STATE_BYTES_PER_PARAMETER if is_fp32 else STATE_BYTES_PER_PARAMETER
+    ranks = parallel.tensor_parallel * parallel.context_parallel
+    held = state * parameter_count(model, vocab_rows) / parallel.tensor_parallel
+    return held + _process_bytes(precision) + per_token * micro_batch_tokens / ranks
+
+
+def largest_micro_batch_tokens(
+    model: ModelConfig, vocab_rows: int, precision: PrecisionConfig, parallel: ParallelConfig, memory_bytes: float
+) -> int:
+    """Most tokens of a micro-batch that fit into `memory_bytes` by `forecast_memory_bytes`; 0 or less if even the state does not."""
+    held = forecast_memory_bytes(model, vocab_rows, precision, parallel, 0)
+    per_token = forecast_memory_bytes(model, vocab_rows, precision, parallel, 1) - held
+    return math.floor((memory_bytes - held) / per_token)
+
+
+def micro_batch_tokens(
+    model: ModelConfig,
+    vocab_size: int,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    longest_seq_len: int,
+    memory_bytes: int | None,
+) -> int:
+    """Largest micro-batch in tokens: `parallel.micro_batch_tokens`, or with `auto` what fits into a GPU of `memory_bytes` (None: a CPU).
+
+    Raises:
+        UserError: not one window of the longest sequence length fits.
+    """
+    if parallel.micro_batch_tokens != "auto":
+        return parallel.micro_batch_tokens
+    if memory_bytes is None:
+        return max(CPU_MICRO_BATCH_TOKENS, longest_seq_len)
+    vocab_rows = model.padded_vocab_size(vocab_size)
+    fits = largest_micro_batch_tokens(model, vocab_rows, precision, parallel, COMFORTABLE_SHARE * memory_bytes)
+    if fits < longest_seq_len:
+        needed = forecast_memory_bytes(model, vocab_rows, precision, parallel, longest_seq_len)
+        raise UserError(
+            "parallel.micro_batch_tokens",
+            f"is auto, but one window of {longest_seq_len} tokens is expected to take {needed / GIB:.1f} GiB "
+            f"of the GPU's {memory_bytes / GIB:.1f}",
+            f"at most {COMFORTABLE_SHARE:.0%} of its memory",
+            "Choose a smaller model, more tensor-parallel ranks, or a number of tokens to try it all the same.",
+        )
+    return min(MOST_MICRO_BATCH_TOKENS, fits)
+
+
+def _saved_widths(model: ModelConfig) -> int:
+    """Numbers per token that the layers keep for the backward pass: residual stream and norms 4 H, query and attention output 2 Q,
+    keys and values 2 K, the three of SwiGLU 3 F."""
+    query, key = model.num_attention_heads * model.head_dim, model.kv_groups * model.head_dim
+    return model.num_layers * (4 * model.hidden_size + 2 * query + 2 * key + 3 * model.ffn_hidden_size)
+
+
+def _activation_bytes_per_token(precision: PrecisionConfig) -> float:
+    """Of the measured model, from the two micro-batches that were measured; FP32 is taken as twice BF16."""
+    (small_tokens, small_bytes), (large_tokens, large_bytes) = _measured_memory(precision)
+    return (large_bytes - small_bytes) / (large_tokens - small_tokens) * (2 if precision.name == "fp32" else 1)
+
+
+def _process_bytes(precision: PrecisionConfig) -> float:
+    """What the measured runs held besides state and activations."""
+    (small_tokens, small_bytes), (large_tokens, large_bytes) = _measured_memory(precision)
+    per_token = (large_bytes - small_bytes) / (large_tokens - small_tokens)
+    rows = MEASURED_MODEL.padded_vocab_size(MEASURED_VOCAB_SIZE)
+    return small_bytes - per_token * small_tokens - STATE_BYTES_PER_PARAMETER * parameter_count(MEASURED_MODEL, rows)
+
+
+def _measured_memory(precision: PrecisionConfig) -> tuple[tuple[int, float], tuple[int, float]]:
+    small, large = PEAK_MEMORY_BYTES["fp8" if precision.is_fp8 else "bf16"].items()
+    return small, large

@@ -1,0 +1,122 @@
+"""One record of training: what was measured since the last one, sent to every sink and shown as one line."""
+
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers.logger import Logger
+
+from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.figures import GIB, clock
+from yxanul_nemo.gpu_table import gpu_named
+from yxanul_nemo.log import logger
+from yxanul_nemo.training.module import PhaseModule
+from yxanul_nemo.training.phases import Phase
+
+NEWEST_WEIGHT = 0.3
+"""Of the newest interval in the speed that the time left is computed with."""
+
+Show = Callable[[str, Mapping[str, Any]], None]
+"""Takes a record's line, and the record with what a display needs besides."""
+
+
+def log_line(line: str, progress: Mapping[str, Any]) -> None:
+    """Show a record as a line of the log."""
+    logger.info("%s", line)
+
+
+class Recorder:
+    """Closes the meter's intervals and passes them on.
+
+    Args:
+        phases: the whole curriculum, for the time left.
+        flops_per_token: of forward and backward, for each phase.
+        device: `cuda` or `cpu`, of this process.
+        peak_flops_per_second: of all devices of the run (`peak_flops_per_second()`); None where no such figure is known.
+        show: what shows a record to people.
+    """
+
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        flops_per_token: Sequence[float],
+        device: str,
+        peak_flops_per_second: float | None = None,
+        show: Show = log_line,
+    ):
+        self.phases, self.flops_per_token, self.device = phases, flops_per_token, device
+        self.peak_flops_per_second, self.show = peak_flops_per_second, show
+        self._flops_per_second = 0.0
+
+    def record(self, sinks: Sequence[Logger], module: PhaseModule) -> None:
+        """Send what happened since the last record to the sinks, and show it.
+
+        `mfu` is the model FLOP/s (`model.counts.training_flops_per_token`) over `mfu_peak_flops_per_second`; both are left out
+        where no peak is known, as on a CPU. `peak_memory_bytes` is the largest amount that this process has held so far:
+        of the GPU by torch's allocator, else of main memory.
+        """
+        record = module.meter.record() | {
+            "phase": module.phase.number,
+            "seq_len": module.phase.seq_len,
+            "step_in_phase": module.steps_done,
+            "learning_rate": module.last_lr,
+            "grad_clip": module.phase.grad_clip,
+            "peak_memory_bytes": _peak_memory_bytes(self.device),
+            "time_unix": time.time(),
+        }
+        if self.peak_flops_per_second is not None:
+            record["mfu"] = record["model_flops_per_second"] / self.peak_flops_per_second
+            record["mfu_peak_flops_per_second"] = self.peak_flops_per_second
+        for sink in sinks:
+            sink.log_metrics(record, step=module.tokens_total)
+        progress = record | {"tokens_total": module.tokens_total} | self._seconds_left(module, record)
+        if self.device == "cuda":
+            progress["device_memory_bytes"] = torch.cuda.get_device_properties().total_memory
+        self.show(record_line(module, progress, len(self.phases)), progress)
+
+    def _seconds_left(self, module: PhaseModule, record: Mapping[str, float]) -> dict[str, float]:
+        """Of training steps alone. Later phases are taken to reach the FLOP/s of this one."""
+        before, now = self._flops_per_second, record["model_flops_per_second"]
+        self._flops_per_second = NEWEST_WEIGHT * now + (1 - NEWEST_WEIGHT) * before if before else now
+        phase_flops, run_flops = 0.0, 0.0
+        for phase, per_token in zip(self.phases, self.flops_per_token, strict=True):
+            left = min(phase.tokens, max(0, phase.first_token + phase.tokens - module.tokens_total)) * per_token
+            run_flops += left
+            phase_flops += left if phase.number == module.phase.number else 0.0
+        return {
+            "phase_seconds_left": phase_flops / self._flops_per_second,
+            "run_seconds_left": run_flops / self._flops_per_second,
+        }
+
+
+def peak_flops_per_second(precision: PrecisionConfig, device: str, devices: int) -> float | None:
+    """Peak of dense matrices of `devices` GPUs like this process's: of BF16, also where the layers run in FP8; of FP32 in FP32.
+
+    None on a CPU and on GPUs that are not in the table.
+    """
+    gpu = gpu_named(torch.cuda.get_device_name()) if device == "cuda" else None
+    if gpu is None:
+        return None
+    return devices * (gpu.fp32_flops_per_second if precision.name == "fp32" else gpu.bf16_flops_per_second)
+
+
+def record_line(module: PhaseModule, record: Mapping[str, Any], phase_count: int) -> str:
+    """A record for people; `record` holds the seconds left as well."""
+    done, planned = module.steps_done, module.phase.steps
+    mfu = f" mfu {record['mfu']:.1%}" if "mfu" in record else ""
+    skipped = f" {record['skipped_steps']} skipped" if record["skipped_steps"] else ""
+    return (
+        f"phase {module.phase.number}/{phase_count} seq {module.phase.seq_len:>4} step {done:>5}/{planned} "
+        f"loss {record['loss_nats_per_token']:.4f} bpb {record['bits_per_byte']:.4f} lr {record['learning_rate']:.2e} "
+        f"norm {record['grad_norm']:.2f} {record['tokens_per_second']:,.0f} tok/s{mfu} "
+        f"{record['peak_memory_bytes'] / GIB:.1f} GiB {module.tokens_total:,} tokens{skipped}, "
+        f"left {clock(record['phase_seconds_left'])}, run {clock(record['run_seconds_left'])}"
+    )
+
+
+def _peak_memory_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_reserved()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

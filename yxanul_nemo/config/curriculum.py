@@ -49,7 +49,7 @@ class CurriculumConfig(Section):
     """Share of each source where a phase sets none; unset: all sources in proportion to their size."""
     adapt_blend: bool = False
     """Multiply each phase's shares by the surprise ratios (bits per byte) of the validation before it, within `adapt_blend_bounds`."""
-    adapt_blend_bounds: tuple[float, float] = (0.8, 1.25)
+    adapt_blend_bounds: list[float] = Field(default=[0.8, 1.25], min_length=2, max_length=2)
     """Smallest and largest factor by which `adapt_blend` moves a configured share, before shares are made to add up to 1."""
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ The ledger keeps the blend that a phase began with, so that a resumed phase neve
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ def adapted_blend(
     return {name: round(float(share), DIGITS) for name, share in zip(names, moved / moved.sum(), strict=True)}
 
 
-def largest_shares(shares: np.ndarray, bounds: tuple[float, float]) -> np.ndarray:
+def largest_shares(shares: np.ndarray, bounds: Sequence[float]) -> np.ndarray:
     """The largest share [sources] that each source could get: its own factor at the upper bound, all others at the lower."""
     low, high = bounds
     return shares * high / (shares * high + (1 - shares) * low)

@@ -1,7 +1,7 @@
 """From the curriculum's configuration to phases in whole steps, and from a phase to the batch of one machine. No torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -90,7 +90,7 @@ def source_sizes(config: RunConfig, manifest: CorpusManifest) -> dict[str, int]:
 
 
 def tokens_per_source(
-    phases: list[Phase], sizes: Mapping[str, int], adapt_bounds: tuple[float, float] | None = None
+    phases: list[Phase], sizes: Mapping[str, int], adapt_bounds: Sequence[float] | None = None
 ) -> dict[str, float]:
     """Tokens that the curriculum takes from each source of the given sizes.
 

@@ -45,7 +45,8 @@ class EvaluateConfig(Section):
     memory_limit_mib: int = Field(default=512, ge=64)
     """For one program."""
     harness_tasks: list[str] = Field(default=[])
-    """Tasks of lm-evaluation-harness, by its names (`uv run --with 'lm-eval[hf]' python launcher.py stage=evaluate`); each fetches its own data."""
+    """Tasks of lm-evaluation-harness, by its names (`uv run --with 'lm-eval[hf]' python launcher.py stage=evaluate`); each fetches its
+    own data."""
     harness_folder: Path | None = None
     """Folder with tasks of one's own for it (YAML)."""
     seed: int = 0

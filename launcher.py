@@ -1,11 +1,12 @@
 """Entry point: `python launcher.py recipe=NAME stage=STAGE key=value ...`; without arguments it runs the demo from text to export."""
 
+import signal
 import sys
 
 import hydra
 from omegaconf import DictConfig
 
-from yxanul_nemo.config.load import compose, parse
+from yxanul_nemo.config.load import compose, parse, with_quoted_text
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
@@ -49,6 +50,9 @@ def main(composed: DictConfig) -> None:
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
+    except KeyboardInterrupt:
+        # In a stage that runs alone, such as a text that is long enough.
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
@@ -56,6 +60,7 @@ if __name__ == "__main__":
         print(help_text())
         sys.exit()
     # Hydra ends with 1 and its own wording on a wrong override; composing first lets the project's words and exit code apply.
+    sys.argv[1:] = with_quoted_text(sys.argv[1:])
     if not ONLY_HYDRA_CAN_READ & set(sys.argv):
         try:
             compose(overrides_in(sys.argv[1:]))

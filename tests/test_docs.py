@@ -74,6 +74,8 @@ def check(command: str) -> None:
         case ["uv", "run", "python", "launcher.py", *arguments] | ["python", "launcher.py", *arguments]:
             if "recipe=NAME" not in arguments:
                 check_launcher(arguments)
+        case ["uv", "run", "--with", _, "python", "launcher.py", *arguments]:
+            check_launcher(arguments)
         case ["uv", "run", "python", "-m", module, *arguments] | ["python", "-m", module, *arguments]:
             check_module(module, arguments)
         case ["uv", "run", "pytest", *arguments]:

@@ -277,3 +277,27 @@ def test_another_layout_is_noted():
     assert (moved.current.micro_batch_size, moved.current.world_size) == (1, 4)
     assert "world_size 2 -> 4" in moved.notes[-1]
     assert moved.tokens_total == ledger.tokens_total
+
+
+def test_an_adapted_blend_stands_beside_the_configured_one():
+    ledger = Ledger.fresh(expected()).start_phase(WORDS, micro_batch_size=4, world_size=2)
+    ledger = ledger.consume(256, {"prose": 256})
+    adapted = {"prose": 0.7, "code": 0.3}
+    begun = ledger.start_phase(PAGES, micro_batch_size=2, world_size=2, adapted_blend=adapted)
+    assert begun.current.adapted_blend == adapted and begun.current.blend == PAGES.blend
+    assert begun.notes == ("phase 2 at 256 tokens: blend adapted to prose 0.7, code 0.3",)
+    assert Ledger.model_validate_json(begun.to_json()) == begun
+    assert begun.differences(expected()) == [], "what was configured is compared"
+    # Another configured blend, where it is allowed, takes its place.
+    other = expected(phases=(WORDS, changed(PAGES, blend={"prose": 1.0, "code": 0.0})))
+    with pytest.raises(UserError, match=r"phase_2\.blend"):
+        begun.require_matches(other)
+    taken = begun.require_matches(other, allow=["phase_2.blend"])
+    assert taken.current.blend == {"prose": 1.0, "code": 0.0} and taken.current.adapted_blend is None
+
+
+def test_ledgers_from_before_blends_were_adapted_are_read():
+    text = json.loads(in_second_phase().to_json())
+    for record in text["phases"]:
+        del record["adapted_blend"]
+    assert Ledger.model_validate_json(json.dumps(text)) == in_second_phase()

@@ -5,8 +5,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
-from yxanul_nemo.config.load import CONF_DIR, REPO_DIR, compose, keys_of, load_run_config, parse, to_yaml
+from yxanul_nemo.config.load import (
+    CONF_DIR,
+    REPO_DIR,
+    compose,
+    keys_of,
+    load_run_config,
+    parse,
+    to_yaml,
+    with_quoted_text,
+)
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 
@@ -130,3 +141,21 @@ def test_a_damaged_configuration_is_a_user_error(tmp_path: Path, content: bytes)
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(UserError):
         load_run_config(tmp_path / "config.yaml")
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.text(alphabet="ab '\"\\${}[](),:=#%~!*\n\u00f7"))
+@example("$${run.name} \\${a} '\\' \\\\${b}\\")
+@example('a, b: [c] {d}=e\n"f"')
+def test_a_prompt_reaches_the_configuration_as_it_was_typed(text: str) -> None:
+    assert parse(compose(with_quoted_text(["stage=generate", f"prompt={text}"]))).prompt == text
+
+
+def test_from_is_a_path_or_a_list_and_no_part_of_a_runs_record(tmp_path: Path) -> None:
+    assert parse(compose(["from=runs/a"])).sources == [Path("runs/a")]
+    config = parse(compose(["from=[a.nemo,b/c]", "prompt=x"]))
+    assert config.sources == [Path("a.nemo"), Path("b/c")]
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_run_config(tmp_path / "config.yaml").sources == []
+    with pytest.raises(UserError, match=r"form: no such key.*Did you mean 'from'\?"):
+        compose(["form=a"])

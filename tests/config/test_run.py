@@ -36,6 +36,7 @@ THREE = ["recipe=yxanul_197m_h100"]
         (["curriculum.total_tokens=inf"], ["curriculum.total_tokens", "finite"]),
         (["curriculum.phases.0.grad_clip=inf"], ["curriculum.phases.0.grad_clip", "finite"]),
         (["curriculum.phases.0.lr_scale=nan"], ["curriculum.phases.0.lr_scale"]),
+        (["model.num_attention_heads=10", "precision=bf16"], ["hidden_size=768 is not a multiple", "heads=10"]),
         (["plan.price_per_gpu_hour=-1"], ["plan.price_per_gpu_hour"]),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_prep.manifest import load_manifest
 from data_prep.tokenizer import Tokenizer
@@ -19,7 +20,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.export import Exporter, chosen_checkpoint, export_checkpoint
 from yxanul_nemo.export.llama import load_folder
-from yxanul_nemo.export.parity import ParityError, expect_weights_rounded, fixed_prompts
+from yxanul_nemo.export.parity import ParityError, check_parity, expect_weights_rounded, fixed_prompts
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.files import sha256_file
 from yxanul_nemo.launch.stages import run_stages
@@ -78,10 +79,13 @@ def test_the_record_names_every_file_and_what_was_measured(exported: tuple[RunCo
     for name, entry in record["files"].items():
         assert entry == {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)}
         assert (folder / name).stat().st_mode & 0o777 == 0o644, name
-    assert record["parity"]["model.nemo"] == {
-        "max_logit_difference": 0.0, "equal_greedy_tokens": 64, "rounding_logit_difference": 0.0
+    of_nemo, of_hf = record["parity"]["model.nemo"], record["parity"]["hf"]
+    assert of_nemo == {
+        "max_logit_difference": 0.0, "fp32_logit_difference": 0.0, "fp32_rounding": of_hf["fp32_rounding"],
+        "equal_greedy_tokens": 64, "rounding_logit_difference": 0.0,
     }  # fmt: skip
-    assert 0 < record["parity"]["hf"]["max_logit_difference"] < 1e-4
+    assert 0 < of_hf["max_logit_difference"] < of_hf["fp32_logit_difference"] < 1e-4
+    assert 0 < of_hf["fp32_rounding"] < 1e-4
     assert record["parity"]["hf"]["equal_greedy_tokens"] == 64
     standard = {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"
@@ -200,6 +204,28 @@ def test_a_failed_proof_keeps_the_older_export(make_run: MakeRun) -> None:
     assert not (config.run.dir / "export.old").exists()
 
 
+@torch.no_grad()
+def test_an_export_that_is_right_but_poor_in_fp32_fails(exported: tuple[RunConfig, Checkpoint]) -> None:
+    """Exact in FP64; in FP32 its logits come out of a detour over large numbers, as a badly ordered sum would make them."""
+    model = model_of(*exported)
+    ids_BT = fixed_prompts(model.real_vocab_size, eos_id=0)
+    expected = expect_weights_rounded(model, ids_BT, torch.float32)
+    check_parity("it", expected, model)
+
+    class Poor(torch.nn.Module):
+        def __init__(self, detour: float):
+            super().__init__()
+            self.model, self.detour = model, detour
+
+        def forward(self, ids_BT: torch.Tensor) -> torch.Tensor:
+            logits = self.model(ids_BT).to(next(self.model.parameters()).dtype)
+            return (logits + self.detour) - self.detour
+
+    assert check_parity("it", expected, Poor(10.0))["max_logit_difference"] < 1e-5
+    with pytest.raises(ParityError, match=r"it in FP32: logits differ by .*allowed are 0\.0001"):
+        check_parity("it", expected, Poor(1e5))
+
+
 def rounded(model: YxanulGPT) -> dict[str, torch.Tensor]:
     return {name: weight.detach().bfloat16().float() for name, weight in model.named_parameters()}
 
@@ -240,6 +266,21 @@ def test_bf16_exports_are_the_rounded_model_to_fp32_accuracy(make_run: MakeRun) 
     config_json = json.loads((folder / "hf" / "config.json").read_text())
     assert config_json["dtype"] == "bfloat16"
     assert {weight.dtype for weight in load_file(folder / "hf" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_the_folder_has_the_names_and_shapes_that_serving_engines_look_for(
+    exported: tuple[RunConfig, Checkpoint],
+) -> None:
+    """vLLM and others read config.json and the tensors by transformers' names, without transformers' own leniency."""
+    folder = exported[0].run.dir / "export" / "hf"
+    described = LlamaConfig.from_pretrained(folder)
+    assert described.architectures == ["LlamaForCausalLM"] and described.tie_word_embeddings
+    with torch.device("meta"):
+        expected = LlamaForCausalLM(described).state_dict()
+    # A tied head is not stored a second time.
+    del expected["lm_head.weight"]
+    stored = load_file(folder / "model.safetensors")
+    assert {name: tensor.shape for name, tensor in stored.items()} == {n: t.shape for n, t in expected.items()}
 
 
 @torch.no_grad()
@@ -283,6 +324,13 @@ def test_the_checkpoint_to_export_is_the_one_that_is_named(make_run: MakeRun) ->
     latest = config.model_copy(update={"export": config.export.model_copy(update={"checkpoint": "latest"})})
     assert not is_exported(latest, newer)
     assert chosen_checkpoint(latest) == newer
+    by_name = config.model_copy(update={"export": config.export.model_copy(update={"checkpoint": first.path.name})})
+    assert chosen_checkpoint(by_name) == first
+    assert not is_exported(by_name, newer), "the settings are part of the record"
+    absent = config.model_copy(update={"export": config.export.model_copy(update={"checkpoint": "tokens_" + "9" * 15})})
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        chosen_checkpoint(absent)
+    assert not is_exported(absent, newer)
     assert chosen_checkpoint(config) == first
 
 

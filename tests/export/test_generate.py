@@ -11,13 +11,15 @@ from data_prep.manifest import load_manifest
 from data_prep.tokenizer import Tokenizer
 from tests.export.conftest import MakeRun
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.config.load import compose, parse, with_quoted_text
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export import generate as module
 from yxanul_nemo.export.export import export_checkpoint
-from yxanul_nemo.export.generate import Loaded, TextStream, generate, generate_with, load_source
+from yxanul_nemo.export.generate import TextStream, generate, generate_with
 from yxanul_nemo.export.hf_folder import open_hf_folder
 from yxanul_nemo.export.llama import build_llama
+from yxanul_nemo.export.source import Loaded, load_source
+from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.training.restore import restore_model
 
@@ -228,26 +230,55 @@ def test_code_in_a_folder_is_not_run(sources: dict[str, Path], tmp_path: Path) -
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_command_line_streams_and_ends_with_2_for_a_mistake(
-    sources: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_stage_streams_what_the_command_line_asks_for(
+    exported: tuple[RunConfig, Checkpoint], sources: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["generate", *map(str, arguments)])
-        code = module.main()
-        out, err = capsys.readouterr()
-        return code, out, err
+    def run(*overrides: str) -> str:
+        run_stages(parse(compose(["stage=generate", *overrides])))
+        return capsys.readouterr().out
 
-    settings = ("--prompt", PROMPT, "--max-new-tokens", 20, "--temperature", 0, "--device", "cpu")
-    code, out, err = run("--from", sources["nemo"], *settings)
-    expected = generate(sources["nemo"], PROMPT, 20, temperature=0, device="cpu")
-    assert (code, out) == (0, f"{PROMPT}{expected.text}\n")
-    assert f"{expected.tokens} tokens in " in err
-    code, out, err = run("--from", sources["nemo"].with_name("absent"), *settings)
-    assert (code, out) == (2, "")
-    assert err.strip().endswith(
-        "absent: does not exist; expected the folder of a run or of a checkpoint, a .nemo file, or a Hugging Face folder."
-    )
-    assert len(err.strip().splitlines()) == 1
-    code, out, err = run("--from", sources["hf"], "--prompt", "word " * 300)
-    assert code == 2
-    assert err.startswith("error: prompt: has ")
+    settings = ("generate.max_new_tokens=20", "generate.temperature=0")
+    for prompt in (PROMPT, "a, {b}: it's $x = [${run.name}] \\"):
+        expected = generate(sources["nemo"], prompt, 20, temperature=0, device="cpu")
+        given = with_quoted_text([f"prompt={prompt}"])
+        assert run(f"from={sources['nemo']}", *given, *settings) == f"{prompt}{expected.text}\n"
+        assert run(f"run.dir={exported[0].run.dir}", *given, *settings) == f"{prompt}{expected.text}\n", "its own run"
+    with pytest.raises(
+        UserError, match=r"absent: does not exist; expected the folder of a run or of a checkpoint, a \.nemo"
+    ):
+        run(f"from={sources['nemo'].with_name('absent')}")
+    with pytest.raises(UserError, match="from: names 2 models; expected one of them"):
+        run(f"from=[{sources['hf']},{sources['nemo']}]")
+    with pytest.raises(UserError, match="prompt: has "):
+        run(f"from={sources['hf']}", f"prompt={'word ' * 300}")
+
+
+def test_weights_split_over_files_are_read_by_their_index(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = copy_of(sources["hf"], tmp_path / "hf")
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(whole)
+    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, of_file in parts.items():
+        save_file({name: whole[name] for name in of_file}, folder / file)
+    weight_map = {name: file for file, of_file in parts.items() for name in of_file}
+    index = folder / "model.safetensors.index.json"
+
+    def reads(changed: object) -> dict[str, torch.Tensor]:
+        index.write_text(json.dumps({"metadata": {}, "weight_map": changed}))
+        return open_hf_folder(folder).weights()
+
+    found = reads(weight_map)
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], whole[name]) for name in whole)
+    assert generate(folder, PROMPT, 5, temperature=0).text == generate(sources["hf"], PROMPT, 5, temperature=0).text
+    for changed, message in (
+        (weight_map | {names[0]: "../model-00001-of-00002.safetensors"}, "a .safetensors file of this folder"),
+        (weight_map | {names[0]: "/etc/passwd"}, "a .safetensors file of this folder"),
+        (weight_map | {names[0]: "model-00002-of-00002.safetensors"}, f"holds '{names[0]}', which"),
+        (weight_map | {"model.more": "model-00002-of-00002.safetensors"}, "lacks 'model.more'"),
+        (weight_map | {"model.more": "model-00003.safetensors"}, "model-00003.safetensors: does not exist"),
+        ({}, "has no weight_map"),
+        ([], "has no weight_map"),
+    ):
+        with pytest.raises(UserError, match=message):
+            reads(changed)

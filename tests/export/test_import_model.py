@@ -12,9 +12,9 @@ from tests.export.nemo_files import change_config, change_weights, repack
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export import import_model as module
 from yxanul_nemo.export.export import export_checkpoint
 from yxanul_nemo.export.import_model import import_model
+from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.restore import restore_model
@@ -170,12 +170,14 @@ def test_data_of_another_tokenizer_is_refused(
         import_model(exported[0].run.dir / "export" / "model.nemo", other)
 
 
-def test_the_command_line_ends_with_2_for_a_mistake(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+def test_the_stage_imports_what_from_names(
+    exported: tuple[RunConfig, Checkpoint], new_run: Callable[..., RunConfig]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["import_model", "--from", "x.nemo", f"run.dir={tmp_path}", "model.layers=3"])
-    assert module.main() == 2
-    assert "model.layers: no such key" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["import_model", "--from", "x.nemo", f"run.dir={tmp_path}"])
-    assert module.main() == 2
-    assert "expected a prepared corpus" in capsys.readouterr().err
+    config = new_run("stage=import", f"from={exported[0].run.dir / 'export' / 'model.nemo'}")
+    run_stages(config)
+    newest = CheckpointStore(config.run.dir / "checkpoints").newest_good()
+    assert newest.tokens == 0 and same_weights(restored(config, newest), restored(*exported))
+    with pytest.raises(UserError, match=r"from: is not set; expected a \.nemo file or a Hugging Face folder"):
+        run_stages(config.model_copy(update={"from_": None}))
+    with pytest.raises(UserError, match="from: is given with stage=train; expected stage="):
+        run_stages(config.model_copy(update={"stage": "train"}))

@@ -1,5 +1,6 @@
 """Stages in order, and what the launcher says and ends with where something stands in its way."""
 
+import json
 import os
 import re
 import shutil
@@ -98,6 +99,39 @@ def test_validation_files_are_looked_at_before_training(run_dir: Path) -> None:
     assert done.returncode == 2, done.stdout
     assert "validation.domains.extra.path: validation/absent.parquet does not exist" in done.stdout
     assert not (run_dir / "config.yaml").exists() and not list(run_dir.glob("logs/phase*"))
+
+
+def test_a_format_that_the_tokenizer_cannot_have_is_refused_before_training(run_dir: Path) -> None:
+    path = run_dir / "tokenizer" / "tokenizer.json"
+    described = json.loads(path.read_text())
+    described["pre_tokenizer"]["pretokenizers"].pop(0)
+    path.write_text(json.dumps(described))
+    done = launch("stage=[train,export]", f"run.dir={run_dir}", "export.formats=[gguf]")
+    assert done.returncode == 2, done.stdout
+    assert (
+        "export.formats: has gguf, and the tokenizer cuts text in a way that llama.cpp has no name for" in done.stdout
+    )
+    assert not list(run_dir.glob("logs/phase*"))
+
+
+def test_an_early_stop_ends_training_and_the_chain_goes_on(run_dir: Path) -> None:
+    settings = (
+        "validation.every_tokens=1024",
+        "validation.early_stop_patience=1",
+        "validation.early_stop_min_improvement=50",
+    )
+    for first in (True, False):
+        done = launch("stage=[train,validate]", f"run.dir={run_dir}", *settings)
+        assert done.returncode == 0, done.stdout
+        assert "phase-02: done already" in done.stdout and "phase-03: done already" in done.stdout
+        names = sorted(path.name for path in (run_dir / "checkpoints").glob("tokens_*"))
+        assert names == ["tokens_000000000002048"], "the second validation inside the phase ended it"
+        assert (run_dir / "validation" / f"{names[0]}.json").is_file()
+        assert names[0] in (run_dir / "checkpoints" / "best").read_text()
+        if first:
+            assert "stopped by early stop (mean_bits_per_byte did not improve 1 times) at 2,048 tokens" in done.stdout
+        else:
+            assert "phase-01: done already" in done.stdout and "validate: done already" in done.stdout
 
 
 def test_a_signal_during_imports_ends_all_at_once_and_leaves_the_mark_of_preemption(

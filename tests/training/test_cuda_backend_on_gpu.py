@@ -10,7 +10,7 @@ from yxanul_nemo.checkpoint.snapshot import HostSnapshot
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.model.build import build_model
-from yxanul_nemo.model.fp8_state import forget_fp8_state, scaling_tensors
+from yxanul_nemo.model.fp8_state import forget_fp8_state, scaling_state_kept, scaling_tensors, without_absent_scales
 from yxanul_nemo.model.sharding import sharded_tensors
 
 pytestmark = pytest.mark.gpu
@@ -131,6 +131,43 @@ def test_training_goes_on_from_a_checkpoint_with_all_its_state(tmp_path: Path, p
         assert torch.equal(loaded[name], tensor), name
     assert any(not torch.equal(t, torch.ones_like(t)) for n, t in scales.items() if n.endswith("scale")) or not scales
     assert losses(second, range(20, 25)) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_bf16_checkpoint_goes_on_in_fp8_with_fresh_scales(tmp_path: Path) -> None:
+    first = backend(config("precision=bf16"))
+    losses(first, range(60))
+    save_shards(first.sharded_state(), tmp_path, 0)
+    expected = losses(first, range(60, 80))
+    second = backend(config("precision=fp8_hybrid"))
+    reader, state = ShardReader(tmp_path), second.sharded_state()
+    held = without_absent_scales(state, reader.keys())
+    assert len(held) < len(state)
+    reader.load_into(held)
+    second.after_load()
+    second.prepare(16, 2, 128)
+    assert losses(second, range(60, 80)) == pytest.approx(expected, rel=5e-2)
+
+
+def test_a_forward_between_steps_leaves_fp8_scales_as_they_were() -> None:
+    settings = config("precision=fp8_hybrid")
+    made = backend(settings)
+    losses(made, range(6))
+
+    def forward() -> None:
+        made.model.eval()
+        with torch.no_grad():
+            made.model(torch.full((4, 512), 7, device="cuda"), torch.full((4, 512), 8, device="cuda"))
+        made.model.train()
+
+    before = {name: tensor.clone() for name, tensor in scaling_tensors(made.model)}
+    with scaling_state_kept(made.model, settings.precision):
+        forward()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in scaling_tensors(made.model))
+    forward()
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in scaling_tensors(made.model)), (
+        "there was something to keep"
+    )
+    assert losses(made, range(6, 9))[-1] < 20
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:

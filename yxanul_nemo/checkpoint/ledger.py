@@ -69,6 +69,8 @@ class PhaseRecord(PhasePlan):
     """Windows per micro-batch and rank, as last trained."""
     world_size: int = Field(ge=1)
     """Processes, as last trained."""
+    adapted_blend: dict[str, Share] | None = None
+    """Shares that the phase is trained with where `curriculum.adapt_blend` moved them from `blend`; None: `blend` itself."""
 
     @model_validator(mode="after")
     def _sums(self) -> Self:
@@ -203,15 +205,30 @@ class Ledger(_Frozen):
         """The record of the phase being trained; None before the first."""
         return self.phases[-1] if self.phases else None
 
-    def start_phase(self, plan: PhasePlan, micro_batch_size: int, world_size: int) -> "Ledger":
-        """Begin the next phase; the one before must be finished (ValueError)."""
+    def start_phase(
+        self,
+        plan: PhasePlan,
+        micro_batch_size: int,
+        world_size: int,
+        adapted_blend: Mapping[str, float] | None = None,
+    ) -> "Ledger":
+        """Begin the next phase; the one before must be finished (ValueError).
+
+        Args:
+            adapted_blend: shares to train with instead of the plan's; a note is kept.
+        """
         record = PhaseRecord(
             **plan.model_dump(include=set(PhasePlan.model_fields)),
             index=self.phase + 1,
             micro_batch_size=micro_batch_size,
             world_size=world_size,
+            adapted_blend=None if adapted_blend is None else dict(adapted_blend),
         )
-        return _with(self, phases=(*self.phases, record), phase=self.phase + 1, phase_tokens=0)
+        begun = _with(self, phases=(*self.phases, record), phase=self.phase + 1, phase_tokens=0)
+        if adapted_blend is None:
+            return begun
+        shares = ", ".join(f"{name} {share:g}" for name, share in adapted_blend.items())
+        return begun.with_note(f"phase {begun.phase} at {self.tokens_total} tokens: blend adapted to {shares}")
 
     def consume(self, tokens: int, tokens_per_source: Mapping[str, int], skipped_steps: int = 0) -> "Ledger":
         """Account for whole optimizer steps of the current phase.
@@ -344,6 +361,9 @@ class Ledger(_Frozen):
             else:
                 field = name.partition(".")[2]
                 changes[field] = getattr(expected.phases[self.phase - 1], field)
+        if "blend" in changes:
+            # What the user says now counts, not what was made of what they said before.
+            changes["adapted_blend"] = None
         if changes:
             assert ledger.current is not None
             ledger = _with(ledger, phases=(*ledger.phases[:-1], _with(ledger.current, **changes)))

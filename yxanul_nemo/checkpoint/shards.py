@@ -21,9 +21,9 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.sharding import block_shape, sharded_tensors
 
-DISPENSABLE = ("fp8.", "guard.", "rng.")
+DISPENSABLE = ("fp8.attention.", "guard.", "rng.")
 """Beginnings of the names of state that a run can begin anew where its checkpoint has none, because it is new to the run: scales
-of FP8 after another precision, the history of a guard that was off, random states of another layout."""
+of attention in FP8 after windows too short for it, the history of a guard that was off, random states of another layout."""
 
 
 class _Place(BaseModel):

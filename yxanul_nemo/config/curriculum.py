@@ -1,6 +1,7 @@
 """`conf/curriculum`: phases, each a stretch of training at one sequence length, measured in tokens."""
 
 import itertools
+import math
 
 from pydantic import Field, model_validator
 
@@ -46,6 +47,19 @@ class CurriculumConfig(Section):
     """Scale all phases to this total, keeping their shares; unset: the phases' own sum."""
     blend: dict[str, float] | None = None
     """Share of each source where a phase sets none; unset: all sources in proportion to their size."""
+    adapt_blend: bool = False
+    """Multiply each phase's shares by the surprise ratios (bits per byte) of the validation before it, within `adapt_blend_bounds`."""
+    adapt_blend_bounds: list[float] = Field(default=[0.8, 1.25], min_length=2, max_length=2)
+    """Smallest and largest factor by which `adapt_blend` moves a configured share, before shares are made to add up to 1."""
+
+    @model_validator(mode="after")
+    def _bounds_hold_one(self) -> "CurriculumConfig":
+        low, high = self.adapt_blend_bounds
+        if not 0 < low <= 1 <= high < math.inf:
+            raise ValueError(
+                f"adapt_blend_bounds={[low, high]}: the first must be above 0 and at most 1, the second at least 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lengths_rise(self) -> "CurriculumConfig":

@@ -18,6 +18,10 @@ from yxanul_nemo.errors import UserError, nearest
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = REPO_DIR / "conf"
+OF_ONE_COMMAND = {"from_", "prompt"}
+"""Fields that say nothing of a run."""
+TEXT_KEYS = ("prompt",)
+"""Keys whose values are free text, which the command line takes as it is."""
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -32,6 +36,20 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             # ValueError: OmegaConf's own, for a name where a list has numbers.
             raise _override_error(error, overrides) from None
+
+
+def with_quoted_text(arguments: Sequence[str]) -> list[str]:
+    """Command-line arguments with the values of `TEXT_KEYS` quoted for Hydra, to which commas, colons and braces mean something."""
+    quoted = []
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if key in TEXT_KEYS and equals:
+            # `${` would be looked up by OmegaConf. In both grammars a backslash counts only before what it escapes.
+            text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
+            text = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+            argument = f"{key}='{text}'"
+        quoted.append(argument)
+    return quoted
 
 
 def parse(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -66,13 +84,13 @@ def load_run_config(path: Path) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_run_config` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json", exclude=OF_ONE_COMMAND)))
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """All dotted keys of a section and of the sections in it."""
     for name, field in section.model_fields.items():
-        yield prefix + name
+        yield prefix + (field.alias or name)
         for inner in (field.annotation, *get_args(field.annotation)):
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from keys_of(inner, f"{prefix}{name}.")

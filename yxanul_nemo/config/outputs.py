@@ -35,6 +35,8 @@ class DomainConfig(Section):
     """How a row's columns become a document, as a Python format string."""
     max_documents: int | None = Field(default=None, ge=1)
     """Use only the first so many documents."""
+    for_source: str | None = None
+    """Data source whose share `curriculum.adapt_blend` moves by this domain; unset: `source`, or the one of the domain's name."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DomainConfig":
@@ -58,6 +60,30 @@ class ValidationConfig(Section):
     """Tokens by which windows move over a long document; unset: half of `eval_len`."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens scored at once; changes speed and memory, not the result."""
+    at_phase_len: bool = True
+    """Score a second time at the sequence length of the phase, where that is another one than `eval_len`."""
+    every_tokens: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """Tokens between two validations inside a phase; unset: only at the end of each phase."""
+    every_documents: int | None = Field(default=200, ge=1)
+    """Documents of each domain, spread evenly over it, that validations inside a phase score; unset: all."""
+    best_metric: str = "mean_bits_per_byte"
+    """What the best checkpoint is chosen by: mean_bits_per_byte, or <domain>.bits_per_byte, <domain>.perplexity."""
+    early_stop_patience: int | None = Field(default=None, ge=1)
+    """End training when so many validations inside phases, one after another, did not improve `best_metric`; unset: never."""
+    early_stop_min_improvement: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """By how much `best_metric` must fall to count as improved."""
+
+    @model_validator(mode="after")
+    def _metric_and_stop_fit(self) -> "ValidationConfig":
+        valid = ["mean_bits_per_byte"]
+        valid += [f"{name}.{field}" for name in self.domains for field in ("bits_per_byte", "perplexity")]
+        if self.best_metric not in valid:
+            raise ValueError(f"best_metric={self.best_metric} is none of {', '.join(valid)}")
+        if self.early_stop_patience is not None and self.every_tokens is None:
+            raise ValueError(
+                f"early_stop_patience={self.early_stop_patience} needs every_tokens: it counts validations inside phases"
+            )
+        return self
 
     @model_validator(mode="after")
     def _stride_fits(self) -> "ValidationConfig":
@@ -87,11 +113,11 @@ class LoggingConfig(Section):
 class ExportConfig(Section):
     """The formats a finished model is written in."""
 
-    formats: list[Literal["nemo", "hf"]] = Field(default=["nemo", "hf"], min_length=1)
-    """`nemo`: NeMo's tar; `hf`: a standard Llama folder."""
+    formats: list[Literal["nemo", "hf", "gguf"]] = Field(default=["nemo", "hf"], min_length=1)
+    """`nemo`: NeMo's tar; `hf`: a standard Llama folder; `gguf`: llama.cpp's file (needs `uv sync --extra gguf`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the exported weights."""
-    checkpoint: Literal["latest", "best"] = "latest"
-    """Which checkpoint of the run is exported."""
+    checkpoint: str = Field(default="latest", pattern=r"^(latest|best|tokens_[0-9]{15})$")
+    """Which checkpoint of the run is exported: latest, best, or the name of its folder."""
     factorized: bool = False
     """`hf` keeps the embedding's two small matrices, with the code that reads them in the folder, instead of a standard Llama."""

@@ -82,7 +82,7 @@ def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
             if section is not RunConfig:
                 yield from _leaves(inner, f"{prefix}{name}.")
             continue
-        yield prefix + name, field
+        yield prefix + (field.alias or name), field
         for one in (field.annotation, *get_args(field.annotation)):
             arguments = get_args(one)
             if arguments and isinstance(arguments[-1], type) and issubclass(arguments[-1], BaseModel):

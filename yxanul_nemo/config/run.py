@@ -17,6 +17,7 @@ from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingCo
 from yxanul_nemo.config.plan import PlanConfig
 from yxanul_nemo.config.report import ReportConfig
 from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
+from yxanul_nemo.config.use import EvaluateConfig, GenerateConfig
 
 
 class RunSection(Section):
@@ -52,12 +53,25 @@ class RunConfig(Section):
     bench: BenchConfig = BenchConfig()
     report: ReportConfig = ReportConfig()
     cluster: ClusterConfig = ClusterConfig()
+    generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     stage: str | list[str] = "all"
-    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or a stage that looks, alone."""
+    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or another stage alone."""
+    from_: str | list[str] | None = Field(default=None, alias="from")
+    """Model for stage=generate, evaluate, import and validate: a run's or checkpoint's folder, a .nemo file or a Hugging Face folder;
+    validate compares two. Unset: the run's own."""
+    prompt: str = ""
+    """Beginning of the text that stage=generate writes."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
     runs: list[Path] = Field(default_factory=list)
     """Folders of runs that `stage=report` compares; empty: a report of `run.dir`."""
+
+    @property
+    def sources(self) -> list[Path]:
+        """Models that `from` names."""
+        named = [self.from_] if isinstance(self.from_, str) else self.from_ or []
+        return [Path(name) for name in named]
 
     @property
     def data_dir(self) -> Path:
@@ -89,6 +103,11 @@ class RunConfig(Section):
                 raise ValueError(
                     f"validation.domains.{name}.source={domain.source} is not in data.sources ({', '.join(self.data.source_names)})"
                 )
+            if self.curriculum.adapt_blend and domain.for_source not in (None, *self.data.source_names):
+                raise ValueError(
+                    f"validation.domains.{name}.for_source={domain.for_source} is not in data.sources "
+                    f"({', '.join(self.data.source_names)}), whose shares curriculum.adapt_blend moves"
+                )
         if self.parallel.tensor_parallel > self.model.kv_groups:
             raise ValueError(
                 f"parallel.tensor_parallel={self.parallel.tensor_parallel} is over model.kv_groups={self.model.kv_groups}; "
@@ -99,6 +118,12 @@ class RunConfig(Section):
                 f"model.kv_groups={self.model.kv_groups} is not a multiple of parallel.tensor_parallel={self.parallel.tensor_parallel}"
             )
         _check_fp8_widths(self.model, self.precision, self.parallel)
+        if self.model.hidden_size % self.model.num_attention_heads:
+            # transformers 5.23 checks this even where head_dim is given, and every export is compared with its Llama.
+            raise ValueError(
+                f"model.hidden_size={self.model.hidden_size} is not a multiple of model.num_attention_heads="
+                f"{self.model.num_attention_heads}; such a model could be trained, but not exported as a Llama"
+            )
         return self
 
 

@@ -52,7 +52,7 @@ def _nothing_near(found: Sequence[str], valid: Sequence[str], value: Any) -> str
 def _valid(section: Any, value: Any) -> tuple[list[str], bool]:
     """Names valid here, and whether new ones may be given."""
     if _is_section(section):
-        return sorted(section.model_fields), False
+        return sorted(field.alias or name for name, field in section.model_fields.items()), False
     kind = get_origin(section)
     if kind is dict:
         return (sorted(map(str, value)) if isinstance(value, Mapping) else []), True

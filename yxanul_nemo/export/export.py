@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.export.fold import llama_config, to_llama
 from yxanul_nemo.export.formats import model_card, write_hf, write_nemo
+from yxanul_nemo.export.gguf_file import load_gguf, write_gguf
+from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.llama import load_folder
 from yxanul_nemo.export.parity import (
     check_parity,
@@ -26,7 +30,7 @@ from yxanul_nemo.export.parity import (
     require_exportable,
 )
 from yxanul_nemo.export.publish import list_files, recover_folder, replace_folder, sync_folder
-from yxanul_nemo.export.record import write_record
+from yxanul_nemo.export.record import named_checkpoint, write_record
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
@@ -35,7 +39,7 @@ from yxanul_nemo.validation.record import find_result
 
 UNFINISHED = ".export.tmp"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NEMO_NAME, HF_NAME = "model.nemo", "hf"
+NEMO_NAME, HF_NAME, GGUF_NAME = "model.nemo", "hf", "model.gguf"
 
 
 def export_checkpoint(config: RunConfig) -> None:
@@ -72,6 +76,8 @@ class Exporter:
                 "is not the tokenizer of the data",
                 fix="Run `python launcher.py stage=data` again.",
             )
+        if "gguf" in config.export.formats:
+            require_expressible(self.tokenizer, self.tokenizer_folder)
         self.dtype = DTYPES[config.export.dtype]
 
     def run(self) -> None:
@@ -105,6 +111,12 @@ class Exporter:
             write_hf(folder / HF_NAME, model, self.tokenizer, self.dtype, self.config.export.factorized)
         if "nemo" in self.config.export.formats:
             write_nemo(folder / NEMO_NAME, model, self.tokenizer, self.tokenizer_folder, self.dtype)
+        if "gguf" in self.config.export.formats:
+            shape, vocab_size = model.model_shape, model.real_vocab_size
+            weights = to_llama(model.state_dict(), shape, vocab_size)
+            llama = llama_config(shape, vocab_size, self.tokenizer.eos_id, None, self.config.export.dtype)
+            where = (self.tokenizer, self.tokenizer_folder)
+            write_gguf(folder / GGUF_NAME, weights, llama, *where, self.dtype, shape.name)
 
     def prove(self, folder: Path, model: YxanulGPT) -> dict[str, Any]:
         """Load what is in `folder` anew and compare it with `model`; raises ParityError.
@@ -114,13 +126,21 @@ class Exporter:
         """
         prompts_BT = fixed_prompts(self.manifest.vocab_size, self.manifest.eos_id)
         parity: dict[str, Any] = {}
-        own = expect_weights_rounded(model, prompts_BT, self.dtype)
-        if "hf" in self.config.export.formats:
-            factorized = self.config.export.factorized
-            expected = own if factorized else expect_folded_then_rounded(model, prompts_BT, self.dtype)
-            parity[HF_NAME] = check_parity(HF_NAME, expected, load_folder(folder / HF_NAME, factorized))
-        if "nemo" in self.config.export.formats:
-            parity[NEMO_NAME] = check_parity(NEMO_NAME, own, load_nemo(folder / NEMO_NAME))
+        formats, factorized = self.config.export.formats, self.config.export.factorized
+        own = cache(lambda: expect_weights_rounded(model, prompts_BT, self.dtype))
+        # In FP32 nothing is rounded, and both are the same.
+        folded = (
+            own
+            if self.dtype == torch.float32
+            else cache(lambda: expect_folded_then_rounded(model, prompts_BT, self.dtype))
+        )
+        if "hf" in formats:
+            expected = own if factorized else folded
+            parity[HF_NAME] = check_parity(HF_NAME, expected(), load_folder(folder / HF_NAME, factorized))
+        if "gguf" in formats:
+            parity[GGUF_NAME] = check_parity(GGUF_NAME, folded(), load_gguf(folder / GGUF_NAME))
+        if "nemo" in formats:
+            parity[NEMO_NAME] = check_parity(NEMO_NAME, own(), load_nemo(folder / NEMO_NAME))
         return parity
 
     def _card(self, parity: dict[str, Any]) -> str:
@@ -146,6 +166,8 @@ def chosen_checkpoint(config: RunConfig) -> Checkpoint:
         raise UserError(store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
     if config.export.checkpoint == "latest":
         return newest
+    if config.export.checkpoint != "best":
+        return named_checkpoint(store, config.export.checkpoint)
     best = store.best()
     if best is None:
         raise UserError(
@@ -158,7 +180,10 @@ def chosen_checkpoint(config: RunConfig) -> Checkpoint:
 
 
 def _in_words(result: dict[str, Any]) -> str:
-    text = f"largest logit difference {result['max_logit_difference']:.2g}, {result['equal_greedy_tokens']} equal greedy tokens"
+    text = (
+        f"largest logit difference {result['max_logit_difference']:.2g} in FP64, {result['fp32_logit_difference']:.2g} in FP32 "
+        f"(rounding of the checkpoint itself {result['fp32_rounding']:.2g}), {result['equal_greedy_tokens']} equal greedy tokens"
+    )
     if result["rounding_logit_difference"]:
         text += f"; rounding the weights moves logits by up to {result['rounding_logit_difference']:.2g}"
     return text

@@ -1,11 +1,9 @@
-"""A `.nemo` file or a Hugging Face folder as the first checkpoint of a run, so that training goes on from its weights.
+"""`stage=import`: a `.nemo` file or a Hugging Face folder as the first checkpoint of a run, so that training goes on from it.
 
-`python -m yxanul_nemo.export.import_model --from model.nemo recipe=NAME key=value ...`, after `stage=data` of that recipe and
-before its `stage=train`. The optimizer starts afresh, and so does the count of tokens: both formats hold weights alone.
+It comes after `stage=data` of that recipe and before its `stage=train`. The optimizer starts afresh, and so does the count of
+tokens: both formats hold weights alone.
 """
 
-import argparse
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,15 @@ from data_prep.manifest import load_manifest
 from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
-from yxanul_nemo.config.load import compose, parse, to_yaml
+from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import LLAMA_NAMES, TABLE, from_llama
-from yxanul_nemo.export.hf_folder import CONFIG_NAME, WEIGHTS_NAME, HfFolder, open_hf_folder
+from yxanul_nemo.export.hf_folder import CONFIG_NAME, HfFolder, open_hf_folder
 from yxanul_nemo.files import sha256_file
 from yxanul_nemo.launch.lock import RunLock
-from yxanul_nemo.launch.worker import quiet_libraries
-from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.log import logger
 from yxanul_nemo.model.nemo_archive import open_archive
 from yxanul_nemo.training.phases import plan_phases
 
@@ -77,7 +74,7 @@ def import_model(source: Path, config: RunConfig) -> Checkpoint:
                 "Prepare the data with this tokenizer: tokenizer.kind=huggingface tokenizer.path=FOLDER.",
             )
         weights[TABLE] = _repadded(weights[TABLE], manifest.vocab_size, config.model)
-        digest = sha256_file(source if source.is_file() else source / WEIGHTS_NAME)
+        digest = sha256_file(source) if source.is_file() else open_hf_folder(source).digest()
         note = f"weights imported from {source.name}, SHA-256 {digest}"
         checkpoint = _commit(config, store, weights, note)
     logger.info("imported %s as %s", source, checkpoint.path)
@@ -100,7 +97,7 @@ def _read_hf(path: Path, model: ModelConfig) -> tuple[Tokenizer, dict[str, Tenso
             f"{tokenizer.vocab_size:,}, the tokenizer's",
         )
     _require_shape(model, _described(folder, model), path / CONFIG_NAME)
-    return tokenizer, from_llama(folder.weights(), model, tokenizer.vocab_size, path / WEIGHTS_NAME)
+    return tokenizer, from_llama(folder.weights(), model, tokenizer.vocab_size, folder.weights_path)
 
 
 def _described(folder: HfFolder, model: ModelConfig) -> dict[str, Any]:
@@ -168,21 +165,9 @@ def _commit(config: RunConfig, store: CheckpointStore, weights: Mapping[str, Ten
     return store.commit(place, ledger, phase_end=False)
 
 
-def main() -> int:
-    """Exit code: 0, or 2 for the user's mistake."""
-    parser = argparse.ArgumentParser(prog="python -m yxanul_nemo.export.import_model", description=__doc__)
-    parser.add_argument("--from", dest="source", type=Path, required=True, help="a .nemo file or a Hugging Face folder")
-    parser.add_argument("overrides", nargs="*", help="the run, as for launcher.py: recipe=NAME key=value ...")
-    options = parser.parse_args()
-    configure_logging()
-    quiet_libraries()
-    try:
-        import_model(options.source, parse(compose(options.overrides)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run_import_stage(config: RunConfig) -> None:
+    """`import_model` from the one `from` names."""
+    if len(config.sources) != 1:
+        problem = "is not set" if not config.sources else f"names {len(config.sources)} models"
+        raise UserError("from", problem, "a .nemo file or a Hugging Face folder", "As in stage=import from=PATH.")
+    import_model(config.sources[0], config)

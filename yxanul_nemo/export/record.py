@@ -6,6 +6,7 @@ from typing import Any
 
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 
 RECORD_NAME = "export.json"
@@ -15,14 +16,15 @@ def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
     """Whether the export of the configured checkpoint in the configured formats is complete.
 
     Args:
-        newest: the run's newest checkpoint, which is the one to export unless `export.checkpoint` is `best`.
+        newest: the run's newest checkpoint, which is the one to export unless `export.checkpoint` names another.
     """
-    wanted = newest
-    if config.export.checkpoint == "best":
-        best = CheckpointStore(config.run.dir / "checkpoints", verify="size").best()
-        if best is None:
+    wanted: Checkpoint | None = newest
+    if config.export.checkpoint != "latest":
+        store = CheckpointStore(config.run.dir / "checkpoints", verify="size")
+        which = config.export.checkpoint
+        wanted = store.best() if which == "best" else next((c for c in store.list() if c.path.name == which), None)
+        if wanted is None:
             return False
-        wanted = best
     folder = config.run.dir / "export"
     try:
         record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
@@ -34,6 +36,15 @@ def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         # Absent, damaged, or of another version of the project: exported anew.
         return False
+
+
+def named_checkpoint(store: CheckpointStore, name: str) -> Checkpoint:
+    """The checkpoint in the folder `name`, checked; UserError if there is no complete one."""
+    found = next((checkpoint for checkpoint in store.list() if checkpoint.path.name == name), None)
+    if found is None:
+        raise UserError(store.root / name, "is no complete checkpoint", "a folder that training committed")
+    store.check(found)
+    return found
 
 
 def write_record(

@@ -6,7 +6,7 @@ from yxanul_nemo.config.reference import recipes
 PIPELINE = {
     "data": "parquet to tokenizer to Megatron .bin/.idx files with a manifest",
     "train": "the phases of the curriculum, each a process that starts from the checkpoint before it; phases=3-5 for a part",
-    "validate": "bits per byte of the newest checkpoint on held-out text",
+    "validate": "bits per byte of the newest checkpoint on held-out text; from=PATH for another model, from=[A,B] compares two",
     "export": "export/model.nemo and export/hf of the newest checkpoint, loaded anew and compared with it",
 }
 LOOKING = {
@@ -19,6 +19,9 @@ LOOKING = {
     "inspect_data": "the prepared corpus with samples",
     "compare_tokenizers": "the run's tokenizer beside plain BPE of its size",
     "report": "run.dir/report/index.html: curves, plan and reality, held-out text, samples; runs=[runs/a,runs/b] compares",
+    "generate": "text from the run's best checkpoint or from=PATH: prompt='Once upon a time' generate.temperature=0.8",
+    "evaluate": "the same model at questions made of held-out text; evaluate.tasks=[gsm8k] and others",
+    "import": "from=PATH, a .nemo file or Hugging Face folder, as the first checkpoint of a new run",
     "help": "this page",
 }
 
@@ -38,7 +41,7 @@ Try in this order: stage=plan, stage=check, stage=all, stage=report.
 
 STAGES  all (the default) is these four; each also alone, several as 'stage=[train,export]' (quoted: shells read [])
 {_entries(PIPELINE)}
-These run alone; all but cancel only look:
+These run alone; all but cancel and import only look:
 {_entries(LOOKING)}
 
 RECIPES  recipe=NAME, a short list of choices over conf/

@@ -1,15 +1,34 @@
-"""Stages that run alone: most only look; none takes a lock, and all leave what was trained as it is."""
+"""Stages that run alone. They leave what was trained as it is, and but for `import`, which begins a run, take no lock."""
 
 import logging
 import warnings
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.log import configure_logging
 
 LONE_STAGES = (
-    "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "help"
+    "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "generate", "evaluate", "import",
+    "help",
 )  # fmt: skip
+WITH_SOURCES = ("generate", "evaluate", "import", "validate")
+"""Stages that `from` says something to."""
+
+
+def lone_stage(config: RunConfig) -> str | None:
+    """The stage of `LONE_STAGES` that is asked for, or `validate` where it is of other models than the run's; else None.
+
+    Raises:
+        UserError: `from` is given to a stage that has no use for it.
+    """
+    stage = config.stage
+    name = stage if isinstance(stage, str) else stage[0] if len(stage) == 1 else None
+    if config.sources and name not in WITH_SOURCES:
+        raise UserError("from", f"is given with stage={stage}", f"stage={', '.join(WITH_SOURCES)}")
+    if config.prompt and name != "generate":
+        raise UserError("prompt", f"is given with stage={stage}", "stage=generate")
+    return name if name in LONE_STAGES or (name == "validate" and config.sources) else None
 
 
 def run_lone_stage(config: RunConfig, name: str) -> bool:
@@ -23,6 +42,10 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         run_plan_stage(config)
         return True
     configure_logging()
+    if name in WITH_SOURCES:
+        _quiet_libraries()
+        _use_models(config, name)
+        return True
     if name == "report":
         from yxanul_nemo.report.stage import run_report_stage
 
@@ -39,10 +62,7 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         cancel_run(config)
         return True
     if name in ("check", "bench"):
-        # Libraries warn at import about optional parts that are absent by choice.
-        warnings.filterwarnings("ignore")
-        logging.getLogger("megatron").setLevel(logging.ERROR)
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+        _quiet_libraries()
         from yxanul_nemo.runtime import leave_process_groups
 
         if name == "bench":
@@ -61,3 +81,29 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
 
     run_compare_stage(config)
     return True
+
+
+def _use_models(config: RunConfig, name: str) -> None:
+    if name == "generate":
+        from yxanul_nemo.export.generate import run_generate_stage
+
+        run_generate_stage(config)
+    elif name == "evaluate":
+        from yxanul_nemo.evaluation.stage import run_evaluate_stage
+
+        run_evaluate_stage(config)
+    elif name == "import":
+        from yxanul_nemo.export.import_model import run_import_stage
+
+        run_import_stage(config)
+    else:
+        from yxanul_nemo.validation.sources import validate_sources
+
+        validate_sources(config)
+
+
+def _quiet_libraries() -> None:
+    """Libraries warn at import about optional parts that are absent by choice."""
+    warnings.filterwarnings("ignore")
+    for library in ("megatron", "nemo_logger", "torch.utils.cpp_extension", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)

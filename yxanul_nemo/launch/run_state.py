@@ -1,14 +1,17 @@
 """What of a run is done, by what lies in its folder, and what can be checked before any of the rest is spent. Light."""
 
 from data_prep.manifest import MANIFEST_NAME, load_manifest
+from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.launch.extras import check_trackers
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.training.identity import expected_run
 from yxanul_nemo.training.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
+from yxanul_nemo.validation.early_stop import early_stop_tokens
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
 from yxanul_nemo.validation.record import find_result, phase_result_path
 
@@ -77,6 +80,9 @@ class RunState:
         sizes = source_sizes(config, manifest)
         if any(task.kind != "export" for task in todo):
             check_heldout(config.validation, manifest)
+        if any(task.kind == "export" for task in todo) and "gguf" in config.export.formats:
+            folder = config.run.dir / "tokenizer"
+            require_expressible(Tokenizer.load(folder), folder)
         if "train" not in self.stages:
             return
         phases = plan_phases(config.curriculum)
@@ -88,7 +94,10 @@ class RunState:
             )
 
     def _is_trained(self, number: int, newest: Checkpoint) -> bool:
-        """Whether a phase is trained and validated. Having begun phase n + 1 means that n was ended."""
+        """Whether a phase is trained and validated, or left out by an early stop. Having begun phase n + 1 means that n was ended."""
+        stopped = early_stop_tokens(self.config)
+        if stopped is not None and newest.tokens >= stopped:
+            return True
         if newest.phase < number or (newest.phase == number and not newest.phase_end):
             return False
         if phase_result_path(self.config.run.dir, number).is_file():

@@ -13,7 +13,7 @@ from yxanul_nemo.files import write_json_atomic, write_text_atomic
 from yxanul_nemo.launch.environment import write_environment
 from yxanul_nemo.launch.interrupts import Interrupted, StopSignals
 from yxanul_nemo.launch.lock import RunLock
-from yxanul_nemo.launch.lone_stages import LONE_STAGES, run_lone_stage
+from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
 from yxanul_nemo.launch.processes import Workers
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.tasks import Task
@@ -46,11 +46,6 @@ class Stopped(Exception):
         self.exit_code = 128 + received if received == signal.SIGINT else 0
 
 
-def _lone_stage(stage: str | list[str]) -> str | None:
-    name = stage if isinstance(stage, str) else stage[0] if len(stage) == 1 else None
-    return name if name in LONE_STAGES else None
-
-
 def selected_stages(stage: str | list[str]) -> list[str]:
     """The stages meant by `stage=...`, in pipeline order."""
     asked = [stage] if isinstance(stage, str) else list(stage)
@@ -73,7 +68,7 @@ def run_stages(config: RunConfig) -> None:
         StageFailed: a worker failed.
         Stopped: stopped on request; what is finished and the state of training are kept.
     """
-    if (lone := _lone_stage(config.stage)) is not None:
+    if (lone := lone_stage(config)) is not None:
         if not run_lone_stage(config, lone):
             raise StageFailed(f"stage={lone}: this recipe cannot run here, see above", exit_code=1)
         return

@@ -7,12 +7,18 @@ of the model's layers; they exist after the first forward and backward.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
+
+from yxanul_nemo.config.training import PrecisionConfig
+
+PREFIX = "fp8."
 
 
 def scaling_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -32,11 +38,11 @@ def scaling_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
             direction = "forward" if key.startswith("forward") else "backward"
             products = [tensor for tensor in tensors if tensor.data_ptr() not in of_attention]
             for i, tensor in enumerate(products):
-                yield f"fp8.{direction}.{i}.{kind}", tensor
+                yield f"{PREFIX}{direction}.{i}.{kind}", tensor
             if model.config.fp8_dot_product_attention:
                 cores = [tensor for tensor in tensors if tensor.data_ptr() in of_attention]
                 for i, tensor in enumerate(cores):
-                    yield f"fp8.attention.{direction}.{i}.{kind}", tensor
+                    yield f"{PREFIX}attention.{direction}.{i}.{kind}", tensor
 
 
 def _attention_tensors(model: torch.nn.Module) -> Iterator[int]:
@@ -70,3 +76,26 @@ def forget_fp8_state() -> None:
     # Megatron-core writes its choice of attention into these and refuses another one in the same process.
     for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(variable, None)
+
+
+def without_absent_scales(state: Mapping[str, Any], present: Collection[str]) -> dict[str, Any]:
+    """`state` less the scaling tensors where a checkpoint has none at all: an imported one, or one of training in another precision.
+
+    Args:
+        present: names of the tensors in the checkpoint. If it has some scaling tensors, the state stays whole, so that a damaged
+            checkpoint, or one of another number of layers, is still refused.
+    """
+    if any(name.startswith(PREFIX) for name in present):
+        return dict(state)
+    return {name: value for name, value in state.items() if not name.startswith(PREFIX)}
+
+
+@contextmanager
+def scaling_state_kept(model: torch.nn.Module, precision: PrecisionConfig) -> Iterator[None]:
+    """Put the state back at the end of the block: a forward pass in it, also without gradients, notes largest values of its own."""
+    kept = [(tensor, tensor.clone()) for _, tensor in scaling_tensors(model)] if precision.is_fp8 else []
+    try:
+        yield
+    finally:
+        for tensor, before in kept:
+            tensor.copy_(before)

@@ -142,7 +142,9 @@ def _records(path: Path) -> dict[str, np.ndarray]:
         except (ValueError, KeyError, TypeError):
             # A line that is being written just now, or was when the machine went down.
             continue
-        rows.append(row)
+        # Validations inside phases stand there too.
+        if "loss_nats_per_token" in row:
+            rows.append(row)
     columns = {}
     for name in COLUMNS:
         values = (row.get(name) for row in rows)

@@ -63,7 +63,8 @@ def read_or_make_samples(run_dir: Path, folder: Path, settings: ReportConfig) ->
 def _make(checkpoint: Checkpoint, prompts: list[str], settings: ReportConfig) -> list[Sample]:
     # Heavy, and needed only for what is missing.
     quiet_libraries()
-    from yxanul_nemo.export.generate import generate_with, load_source
+    from yxanul_nemo.export.generate import generate_with
+    from yxanul_nemo.export.source import load_source
 
     quiet_libraries()
     logger.info("samples after phase %d, from %s", checkpoint.phase, checkpoint.path.name)

@@ -60,10 +60,11 @@ class StepMeter:
         self.grad_norm = grad_norm
         self._steps_3.append(torch.stack((loss.double(), grad_norm.double(), applied.double())))
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was just spent waiting for a checkpoint; it is recorded on its own."""
+    def pause(self, seconds: float, validating: bool = False) -> None:
+        """Leave out time that was just spent waiting for a checkpoint, which is recorded on its own, or on a validation, which is too."""
         self.began += seconds
-        self.save_wait_seconds += seconds
+        if not validating:
+            self.save_wait_seconds += seconds
 
     def record(self) -> dict[str, float]:
         """Means over the interval's applied steps; the gradient norm is that of the last step. Starts the next interval.

@@ -1,7 +1,7 @@
 """From the curriculum's configuration to phases in whole steps, and from a phase to the batch of one machine. No torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from yxanul_nemo.config.curriculum import CurriculumConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.training.adapt import largest_shares
 
 
 @dataclass(frozen=True)
@@ -88,19 +89,29 @@ def source_sizes(config: RunConfig, manifest: CorpusManifest) -> dict[str, int]:
     return {name: manifest.sources[name].tokens("train") for name in config.data.source_names}
 
 
-def tokens_per_source(phases: list[Phase], sizes: Mapping[str, int]) -> dict[str, float]:
-    """Tokens that the curriculum takes from each source of the given sizes."""
+def tokens_per_source(
+    phases: list[Phase], sizes: Mapping[str, int], adapt_bounds: Sequence[float] | None = None
+) -> dict[str, float]:
+    """Tokens that the curriculum takes from each source of the given sizes.
+
+    Args:
+        adapt_bounds: of `curriculum.adapt_blend`, where it is on; the most that each source could then have to give.
+    """
     names = list(sizes)
     taken = np.zeros(len(names))
     for phase in phases:
-        taken += normalized_shares(names, phase.blend, sizes) * phase.tokens
+        shares = normalized_shares(names, phase.blend, sizes)
+        if adapt_bounds is not None and phase.number > 1:
+            shares = largest_shares(shares, adapt_bounds)
+        taken += shares * phase.tokens
     return dict(zip(names, taken.tolist(), strict=True))
 
 
 def check_enough_tokens(config: RunConfig, phases: list[Phase], sizes: Mapping[str, int]) -> dict[str, float]:
     """Epochs that the curriculum needs of each source; refuses more than `data.max_epochs` and sources without tokens."""
     epochs = {}
-    for name, tokens in tokens_per_source(phases, sizes).items():
+    bounds = config.curriculum.adapt_blend_bounds if config.curriculum.adapt_blend else None
+    for name, tokens in tokens_per_source(phases, sizes, bounds).items():
         if tokens and not sizes[name]:
             raise UserError(
                 f"data source {name}", "has no training tokens", "some text", "Check its path and stage=data's counts."
@@ -110,7 +121,7 @@ def check_enough_tokens(config: RunConfig, phases: list[Phase], sizes: Mapping[s
             raise UserError(
                 "data.max_epochs",
                 f"is {config.data.max_epochs:g}, but the curriculum reads source '{name}' ({sizes[name]:,} tokens) "
-                f"{epochs[name]:.2f} times",
+                f"{'up to ' if bounds else ''}{epochs[name]:.2f} times",
                 fix=f"Add data, lower curriculum.total_tokens, or set data.max_epochs={epochs[name] + 0.01:.2f}.",
             )
     return epochs

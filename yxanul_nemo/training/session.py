@@ -24,8 +24,10 @@ from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.model.fp8_state import without_absent_scales
 from yxanul_nemo.model.memory import with_micro_batch
 from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.training.adapt import adapted_blend, ratios_after
 from yxanul_nemo.training.agreement import any_rank, from_first_rank
 from yxanul_nemo.training.backend import Backend, make_backend
 from yxanul_nemo.training.callbacks import BetweenSteps
@@ -45,8 +47,9 @@ from yxanul_nemo.training.records import Recorder, Show, log_line, peak_flops_pe
 from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopNow, StopRequest
 from yxanul_nemo.training.sinks import log_validation, make_sinks
+from yxanul_nemo.training.validating import ValidateWithin
 from yxanul_nemo.training.watchdog import Watchdog
-from yxanul_nemo.validation.record import phase_result_path
+from yxanul_nemo.validation.record import metric_of, phase_result_path
 from yxanul_nemo.validation.stage import identified, validate_model
 from yxanul_nemo.validation.table import table
 
@@ -157,12 +160,25 @@ class PhaseSession:
                 f"Run `python launcher.py stage=train` without phases=, or with phases={max(1, ledger.phase)}-{number}.",
             )
         self.backend.guard.reset()
-        return ledger.start_phase(phase_plan(self.phase), self.layout.micro_batch_size, self.world_size)
+        return ledger.start_phase(
+            phase_plan(self.phase), self.layout.micro_batch_size, self.world_size, self._adapted_blend(ledger)
+        )
+
+    def _adapted_blend(self, ledger: Ledger) -> dict[str, float] | None:
+        """The shares of the phase that begins, where `curriculum.adapt_blend` moves them; not of the first, before any validation."""
+        if not self.config.curriculum.adapt_blend or ledger.phase == 0:
+            return None
+        ratios = from_first_rank(lambda: ratios_after(self.config.run.dir, ledger.phase, ledger.tokens_total))
+        return adapted_blend(self.config, self.phase.blend, self.sizes, ratios)
 
     def _load(self, checkpoint: Checkpoint) -> None:
-        state = self._state()
-        ShardReader(checkpoint.path).load_into(state)
+        reader, state = ShardReader(checkpoint.path), self._state()
+        held = without_absent_scales(state, reader.keys())
+        reader.load_into(held)
         self.backend.after_load()
+        if len(held) < len(state):
+            logger.info("%s has no FP8 scales; they start afresh, from passes with its weights", checkpoint.path)
+            self.backend.prepare(self.layout.micro_batch_size, self.layout.accumulation, self.phase.seq_len)
         restore_random_state(state, self.device)
         logger.info("loaded %s (%s tokens)", checkpoint.path, f"{checkpoint.tokens:,}")
 
@@ -177,7 +193,7 @@ class PhaseSession:
         }
         current = self.ledger.current.tokens_per_source
         before = [self.ledger.tokens_per_source.get(name, 0) - current.get(name, 0) for name in names]
-        self.shares = normalized_shares(names, self.phase.blend, self.sizes)
+        self.shares = normalized_shares(names, self.ledger.current.adapted_blend or self.phase.blend, self.sizes)
         return PhaseWindows(open_streams(shards, self.config.data.seed), self.shares, before, self.phase.seq_len)
 
     def _train(self, first_step: int, stop: StopRequest) -> tuple[PhaseModule, CheckpointSaver]:
@@ -217,7 +233,7 @@ class PhaseSession:
             plugins=[LightningEnvironment()],
             max_epochs=1,
             logger=make_sinks(config, self.ledger.tokens_total) if self.rank == 0 else [],
-            callbacks=[BetweenSteps(config, saver, stop, watchdog, self._recorder())],
+            callbacks=[*self._validating(stop), BetweenSteps(config, saver, stop, watchdog, self._recorder())],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -239,6 +255,11 @@ class PhaseSession:
         own = torch.Generator().manual_seed(0)
         return DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda", generator=own)
 
+    def _validating(self, stop: StopRequest) -> list[pl.Callback]:
+        if self.config.validation.every_tokens is None:
+            return []
+        return [ValidateWithin(self.config, self.manifest, self.device, stop)]
+
     def _torch_device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.device == "cuda" else torch.device("cpu")
 
@@ -259,12 +280,13 @@ class PhaseSession:
 
     def _validate(self, saver: CheckpointSaver | None) -> None:
         """Validate while the phase's end may still be written; only then is it marked and the phase done."""
-        scores = validate_model(self.config, self.manifest, self.backend.model, self.device)
+        scores = validate_model(self.config, self.manifest, self.backend.model, self.phase.seq_len, self.device)
         checkpoint = self.checkpoint if saver is None else saver.wait()
         assert checkpoint is not None and checkpoint.phase_end, "the phase's end was just saved or loaded"
         if self.rank == 0:
             result = identified(scores, self.config, checkpoint)
-            self.store.mark_best(checkpoint, "mean_bits_per_byte", result["mean_bits_per_byte"])
+            metric = self.config.validation.best_metric
+            self.store.mark_best(checkpoint, metric, metric_of(result, metric))
             log_validation(self.config, result)
             # Last, because the phase counts as done by it.
             write_json_atomic(phase_result_path(self.config.run.dir, self.phase.number), result)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep.indexed import IndexedTokens
-from data_prep.manifest import CorpusManifest
+from data_prep.manifest import CorpusManifest, load_manifest
 from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.config.outputs import DomainConfig, ValidationConfig
 from yxanul_nemo.config.run import RunConfig
@@ -29,6 +29,23 @@ def load_domains(config: RunConfig, manifest: CorpusManifest, tokenizer: Tokeniz
         if not domains[name]:
             raise empty_domain(name)
     return domains
+
+
+def domain_texts(config: RunConfig) -> dict[str, list[str]]:
+    """Name -> the same documents as text, for models with tokenizers of their own. Raises what `load_domains` does."""
+    found: dict[str, list[str]] = {}
+    run_tokenizer: Tokenizer | None = None
+    for name, domain in config.validation.domains.items():
+        if domain.source is None:
+            found[name] = list(texts(config.validation, name, domain))
+        else:
+            manifest = load_manifest(config.data_dir)
+            run_tokenizer = run_tokenizer or Tokenizer.load(config.run.dir / "tokenizer")
+            found[name] = [run_tokenizer.decode(d.ids) for d in _heldout(config, manifest, run_tokenizer, domain)]
+        found[name] = [text for text in found[name] if text]
+        if not found[name]:
+            raise empty_domain(name)
+    return found
 
 
 def _heldout(

@@ -1,5 +1,6 @@
 """Files of validation domains, found and read row by row. Light, so that the launcher can look before anything is trained."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,28 +51,40 @@ def texts(config: ValidationConfig, name: str, domain: DomainConfig) -> Iterator
     Raises:
         UserError: as `check_domain_files`, for the row at hand.
     """
-    path = Path(domain.path) if Path(domain.path).is_absolute() else config.dir / domain.path
-    if not path.is_file():
-        raise UserError(
-            f"validation.domains.{name}.path",
-            f"{path} does not exist",
-            "a parquet or jsonl file",
-            f"Set validation.dir to the folder that has it. {WHERE_TO_GET}",
-        )
-    where = f"validation.domains.{name}.template"
-    try:
-        columns = [field for _, field, _, _ in Formatter().parse(domain.template) if field is not None]
-    except ValueError as error:
-        raise UserError(where, f"{domain.template!r}: {error}", "a Python format string such as '{text}'") from None
-    for number, row in enumerate(_rows(path, columns, where)):
-        if number == domain.max_documents:
-            return
+    where = f"validation.domains.{name}"
+    for number, row in enumerate(rows(config, where, domain), start=1):
         try:
             yield domain.template.format(**row)
         except (ValueError, TypeError) as error:
             raise UserError(
-                where, f"does not fit row {number + 1} of {path} ({error})", "a format for its values"
+                f"{where}.template", f"does not fit row {number} of {domain.path} ({error})", "a format for its values"
             ) from None
+
+
+def rows(config: ValidationConfig, where: str, domain: DomainConfig) -> Iterator[dict[str, Any]]:
+    """The rows of such a file with at least the columns of the template, at most `max_documents` of them.
+
+    Args:
+        where: the key that describes the file, for messages.
+
+    Raises:
+        UserError: as `check_domain_files`.
+    """
+    path = Path(domain.path) if Path(domain.path).is_absolute() else config.dir / domain.path
+    if not path.is_file():
+        raise UserError(
+            f"{where}.path" if where.startswith("validation.") else where,
+            f"{path} does not exist",
+            "a parquet or jsonl file",
+            f"Set validation.dir to the folder that has it. {WHERE_TO_GET}",
+        )
+    try:
+        columns = [field for _, field, _, _ in Formatter().parse(domain.template) if field is not None]
+    except ValueError as error:
+        raise UserError(
+            f"{where}.template", f"{domain.template!r}: {error}", "a Python format string such as '{text}'"
+        ) from None
+    yield from itertools.islice(_rows(path, columns, f"{where}.template"), domain.max_documents)
 
 
 def _rows(path: Path, columns: list[str], where: str) -> Iterator[dict[str, Any]]:

@@ -1,12 +1,16 @@
 """Results of validation on disk: which belong to a checkpoint and to the settings now in force. Light, for the launcher."""
 
 import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from yxanul_nemo.checkpoint.store import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.files import fingerprint
+
+_IN_PHASE_NAME = re.compile(r"phase-[0-9]{2,}-tokens-([0-9]{15})\.json")
 
 
 def phase_result_path(run_dir: Path, number: int) -> Path:
@@ -19,9 +23,32 @@ def checkpoint_result_path(run_dir: Path, checkpoint: Checkpoint) -> Path:
     return run_dir / "validation" / f"{checkpoint.path.name}.json"
 
 
+def in_phase_result_path(run_dir: Path, number: int, tokens: int) -> Path:
+    """A validation inside a phase, after `tokens` of the run."""
+    return run_dir / "validation" / f"phase-{number:02d}-tokens-{tokens:015d}.json"
+
+
+def in_phase_results(run_dir: Path) -> list[tuple[int, Path]]:
+    """(tokens of the run, file) of all validations inside phases, in order."""
+    found = ((_IN_PHASE_NAME.fullmatch(path.name), path) for path in (run_dir / "validation").glob("phase-*.json"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+DECIDES_NOTHING = {
+    "batch_tokens",
+    "dir",
+    "every_tokens",
+    "every_documents",
+    "best_metric",
+    "early_stop_patience",
+    "early_stop_min_improvement",
+}
+"""Keys of `validation` that change when validation happens and what follows from it, but no result of a checkpoint."""
+
+
 def settings_fingerprint(config: RunConfig) -> str:
     """Of the settings that a result depends on."""
-    settings = config.validation.model_dump(mode="json", exclude={"batch_tokens", "dir"})
+    settings = config.validation.model_dump(mode="json", exclude=DECIDES_NOTHING)
     return fingerprint(settings | {"dir": str(config.validation.dir)})
 
 
@@ -36,3 +63,9 @@ def find_result(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any] | N
         if isinstance(result, dict) and wanted.items() <= result.items():
             return result
     return None
+
+
+def metric_of(result: Mapping[str, Any], metric: str) -> float:
+    """The value that `validation.best_metric` names; lower is better."""
+    domain, dot, field = metric.rpartition(".")
+    return float(result["domains"][domain][field] if dot else result[metric])

@@ -1,4 +1,6 @@
-"""`stage=validate`: the newest good checkpoint of a run on all domains."""
+"""`stage=validate`: the newest good checkpoint of a run on all domains; and the run's model while it is trained."""
+
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -11,10 +13,12 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.runtime import init_process_groups, resolve_device
 from yxanul_nemo.training.agreement import from_first_rank
+from yxanul_nemo.training.phases import plan_phases
 from yxanul_nemo.training.restore import restore_model
 from yxanul_nemo.validation.domains import load_domains
-from yxanul_nemo.validation.record import checkpoint_result_path, settings_fingerprint
-from yxanul_nemo.validation.validate import validate
+from yxanul_nemo.validation.record import checkpoint_result_path, metric_of, settings_fingerprint
+from yxanul_nemo.validation.scoring import Document
+from yxanul_nemo.validation.validate import Domains, score_domains, summarize, validate
 
 
 def validate_checkpoint(config: RunConfig) -> None:
@@ -29,13 +33,17 @@ def validate_checkpoint(config: RunConfig) -> None:
             config.run.dir / "checkpoints", "holds no checkpoint", fix="Run `python launcher.py stage=train` first."
         )
     model = restore_model(config, checkpoint, manifest.vocab_size, config.precision, config.parallel)
-    scores = validate_model(config, manifest, model, device)
+    phases = plan_phases(config.curriculum)
+    seq_len = phases[checkpoint.phase - 1].seq_len if 1 <= checkpoint.phase <= len(phases) else None
+    scores = validate_model(config, manifest, model, seq_len, device)
     if torch.distributed.get_rank() == 0:
         result = identified(scores, config, checkpoint)
+        metric = config.validation.best_metric
+        store.mark_best(checkpoint, metric, metric_of(result, metric))
         write_json_atomic(checkpoint_result_path(config.run.dir, checkpoint), result)
 
 
-def identified(scores: dict, config: RunConfig, checkpoint: Checkpoint) -> dict:
+def identified(scores: dict[str, Any], config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
     """The scores of a checkpoint's weights as they are kept, with what they are of."""
     return {
         "checkpoint": checkpoint.path.name,
@@ -47,17 +55,29 @@ def identified(scores: dict, config: RunConfig, checkpoint: Checkpoint) -> dict:
     }
 
 
-def validate_model(config: RunConfig, manifest: CorpusManifest, model: torch.nn.Module, device: str) -> dict:
-    """Validate `model`; every data-parallel rank takes part and gets the scores."""
+def validate_model(
+    config: RunConfig, manifest: CorpusManifest, model: torch.nn.Module, seq_len: int | None, device: str
+) -> dict[str, Any]:
+    """Validate `model`, trained at `seq_len` (None: unknown); every data-parallel rank takes part and gets the scores."""
+    model.eval()
+    return validate_at_lengths(config, manifest.eos_id, model, run_domains(config, manifest), seq_len, device)
+
+
+def run_domains(config: RunConfig, manifest: CorpusManifest) -> dict[str, list[Document]]:
+    """The configured domains in the run's tokens; UserError if its tokenizer is not that of its data."""
     tokenizer = Tokenizer.load(config.run.dir / "tokenizer")
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
         raise UserError(config.run.dir / "tokenizer", "is not the tokenizer of the data", fix="Run stage=data again.")
-    model.eval()
-    return validate(
-        model,
-        load_domains(config, manifest, tokenizer),
-        config.validation,
-        eos_id=manifest.eos_id,
-        device=device,
-        group=parallel_state.get_data_parallel_group(),
-    )
+    return load_domains(config, manifest, tokenizer)
+
+
+def validate_at_lengths(
+    config: RunConfig, eos_id: int, model: torch.nn.Module, domains: Domains, seq_len: int | None, device: str
+) -> dict[str, Any]:
+    """`validate` at the fixed length and, as `at_phase_len`, in windows without overlap of the phase's `seq_len` (None: unknown)."""
+    group, settings = parallel_state.get_data_parallel_group(), config.validation
+    result = validate(model, domains, settings, eos_id=eos_id, device=device, group=group)
+    if settings.at_phase_len and seq_len not in (None, settings.eval_len):
+        nats = score_domains(model, domains, seq_len, seq_len, settings.batch_tokens, eos_id, device, group)
+        result["at_phase_len"] = summarize(domains, nats, seq_len, seq_len)
+    return result

@@ -1,0 +1,106 @@
+"""A trained model from wherever it is kept: a run, a checkpoint, a `.nemo` file or a Hugging Face folder.
+
+Whatever the source, the model runs as transformers' Llama (the factorized embedding multiplied out): in FP32 on a CPU and in
+BF16 on a GPU, also where it was trained in FP8.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from data_prep.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.config.load import load_run_config
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.export.fold import llama_config, to_llama
+from yxanul_nemo.export.hf_folder import CONFIG_NAME, open_hf_folder
+from yxanul_nemo.export.llama import build_llama
+from yxanul_nemo.export.record import named_checkpoint
+from yxanul_nemo.model.nemo_archive import open_archive
+
+SOURCES = "the folder of a run or of a checkpoint, a .nemo file, or a Hugging Face folder"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be used."""
+
+    model: PreTrainedModel
+    tokenizer: Tokenizer
+    context_tokens: int
+    """Longest text that it may see."""
+    described: str
+    """What it was loaded from."""
+
+
+def load_source(source: Path, checkpoint: str = "best", device: str = "auto") -> Loaded:
+    """The model in a run, a checkpoint, a `.nemo` file or a Hugging Face folder.
+
+    Raises:
+        UserError: it is none of these, or damaged.
+    """
+    source, target = Path(source), _resolve_device(device)
+    if checkpoint not in ("best", "latest"):
+        raise UserError("checkpoint", f"is {checkpoint!r}", "best or latest")
+    if source.is_file():
+        loaded = _from_nemo(source)
+    elif (source / CONFIG_NAME).is_file():
+        loaded = _from_hf(source)
+    elif (source / "checkpoints").is_dir():
+        loaded = _from_checkpoint(_chosen(source / "checkpoints", checkpoint))
+    elif source.parent.name == "checkpoints" and source.is_dir():
+        loaded = _from_checkpoint(named_checkpoint(CheckpointStore(source.parent), source.name))
+    else:
+        raise UserError(source, "does not exist" if not source.exists() else "holds no model", SOURCES)
+    loaded.model.to(target, torch.bfloat16 if target.type == "cuda" else torch.float32)
+    return loaded
+
+
+def _from_nemo(path: Path) -> Loaded:
+    with open_archive(path) as archive:
+        tokenizer, shape = archive.tokenizer(), archive.config.gpt
+        weights = to_llama(archive.weights(), shape, archive.config.vocab_size)
+    config = llama_config(shape, archive.config.vocab_size, tokenizer.eos_id, None, "float32")
+    return Loaded(build_llama(weights, config, path), tokenizer, shape.max_position_embeddings, str(path))
+
+
+def _from_hf(path: Path) -> Loaded:
+    folder = open_hf_folder(path)
+    model = build_llama(folder.weights(), folder.config, folder.weights_path)
+    return Loaded(model, folder.tokenizer(), model.config.max_position_embeddings, str(path))
+
+
+def _from_checkpoint(checkpoint: Checkpoint) -> Loaded:
+    from yxanul_nemo.model.build import reference_precision
+    from yxanul_nemo.training.restore import restore_model
+
+    # What it was trained with, whatever the run is configured for now.
+    config = load_run_config(checkpoint.path / "config.yaml")
+    tokenizer_folder = checkpoint.path.parent.parent / "tokenizer"
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    if tokenizer.fingerprint != checkpoint.read_ledger().tokenizer_fingerprint:
+        raise UserError(tokenizer_folder, f"is not the tokenizer of {checkpoint.path}")
+    model = restore_model(config, checkpoint, tokenizer.vocab_size, *reference_precision())
+    shape = model.model_shape
+    weights = to_llama(model.state_dict(), shape, tokenizer.vocab_size)
+    llama = build_llama(weights, llama_config(shape, tokenizer.vocab_size, tokenizer.eos_id, None, "float32"))
+    return Loaded(llama, tokenizer, shape.max_position_embeddings, str(checkpoint.path))
+
+
+def _chosen(root: Path, which: str) -> Checkpoint:
+    store = CheckpointStore(root)
+    checkpoint = (store.best() if which == "best" else None) or store.newest_good()
+    if checkpoint is None:
+        raise UserError(root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
+    return checkpoint
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError("device", f"is {device!r}", "auto, cpu or cuda")
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
+        raise UserError("device", "is cuda, but torch finds no GPU", "an NVIDIA GPU and its driver", "Use cpu.")
+    return torch.device("cuda" if has_gpu and device != "cpu" else "cpu")

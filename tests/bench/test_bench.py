@@ -53,6 +53,7 @@ def test_the_figures_are_those_of_training_steps(
         # The logarithm of 700 ids is 6.55; ten steps of training have begun to lower it.
         assert 4 < case["loss_nats_per_token"] < 6.6
         assert case["kernels"][0]["seconds"] > 0
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "tokens/s" in capsys.readouterr().out
 
 

@@ -13,13 +13,14 @@ from rich.table import Table
 from data_prep.indexed import IndexedTokens
 from data_prep.manifest import MANIFEST_NAME, load_manifest
 from yxanul_nemo.bench.cases import Case, bench_cases
+from yxanul_nemo.bench.chart import bench_chart
 from yxanul_nemo.bench.measure import measure, peak_flops_per_second
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.data.windows import PhaseWindows, open_streams
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.files import atomic_file, write_json_atomic
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.counts import training_flops_per_token
@@ -60,14 +61,16 @@ def run_bench_stage(config: RunConfig) -> bool:
         "cases": rows,
     }
     with disk_errors(path, "writing the benchmark's figures"):
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json_atomic(path, report)
+        if (chart := bench_chart(rows, _device_name(device))) is not None:
+            with atomic_file(path.with_suffix(".png")) as handle:
+                handle.write(chart.png)
     console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
     console.print(_table(rows, peak))
     for row in rows:
         if row.get("kernels"):
             console.print(_kernel_table(row))
-    console.print(f"written: {path}", soft_wrap=True, markup=False)
+    console.print(f"written: {path} and .png", soft_wrap=True, markup=False)
     return all("error" not in row for row in rows)
 
 

@@ -52,11 +52,14 @@ class BetweenSteps(pl.Callback):
         stop, save_failed = any_rank_each(bool(self.stop), self.saver.failed)
         finished = module.steps_done == module.phase.steps
         saves = finished or stop or module.tokens_total - self._saved_at >= self.every_tokens
-        if saves or save_failed:
+        if save_failed:
+            self.saver.wait()
+        if saves or module.steps_done % self.every_steps == 0:
+            # Before anything waits: a GPU goes on with its queue meanwhile, and that time is training.
+            self.recorder.record(trainer.loggers, module)
+        if saves:
             self._wait(module, self.saver.wait)
         module.meter.save_seconds += self.saver.written_seconds()
-        if saves or module.steps_done % self.every_steps == 0:
-            self.recorder.record(trainer.loggers, module)
         if module.steps_done % min(self.every_steps, self.allowed_skips) == 0:
             module.check_skips(self.allowed_skips, self.skips_dir)
         if saves:

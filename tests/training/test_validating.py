@@ -10,7 +10,8 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training import sessions
-from tests.training.test_session import newest, records, state
+from tests.training.runs import lines
+from tests.training.test_session import newest, state
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import Blend, normalized_shares
 from yxanul_nemo.training.adapt import adapted_blend
@@ -51,7 +52,7 @@ def results(config: RunConfig) -> dict[int, dict]:
 
 def validations(config: RunConfig) -> dict[int, float]:
     """Tokens and mean bits per byte of the validations in metrics.jsonl."""
-    found = [r for r in records(config) if "validation/mean_bits_per_byte" in r]
+    found = [r for r in lines(config) if "validation/mean_bits_per_byte" in r]
     by_tokens = {record["tokens_total"]: record["validation/mean_bits_per_byte"] for record in found}
     assert len(by_tokens) == len(found), "each stands there once"
     return by_tokens

@@ -1,13 +1,10 @@
 """Splitting and rotating in one kernel against torch in FP64: in Triton's interpreter on a CPU, and on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from tests.kernels.interpreter import run_interpreted
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.split_rope import split_rope
 
@@ -51,17 +48,7 @@ def interpreted():
 
 
 def test_the_kernels_equal_exact_rotation_in_the_interpreter():
-    # Triton decides at import whether its kernels are compiled or interpreted, so this needs a process of its own.
-    code = f"import runpy; runpy.run_path({__file__!r})['interpreted']()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("Heads") == len(CASES)
+    assert run_interpreted(__file__).count("Heads") == len(CASES)
 
 
 @pytest.mark.gpu

@@ -1,14 +1,11 @@
 """Attention inside short windows against torch's own in FP64: with Triton's interpreter on a CPU, in BF16 on a GPU."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from tests.kernels.interpreter import run_interpreted
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.window_attention import HEAD_DIMS, LONGEST_WINDOW, why_unsupported, window_attention
 
@@ -56,17 +53,7 @@ def errors(seq_len, batch_size, heads, dtype, device):
 
 
 def test_the_kernels_equal_exact_attention_in_the_interpreter():
-    # Triton decides at import whether its kernels are compiled or interpreted, so this needs a process of its own.
-    code = f"import runpy; runpy.run_path({__file__!r})['interpreted']()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.split()) == len(LENGTHS) + 2
+    assert len(run_interpreted(__file__).split()) == len(LENGTHS) + 2
 
 
 def interpreted():

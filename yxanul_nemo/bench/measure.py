@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from yxanul_nemo.bench.cases import Case
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows
-from yxanul_nemo.gpu_table import gpu_named
 from yxanul_nemo.launch.gpus import read_power_watts
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
@@ -171,14 +170,6 @@ def power_readings(device: str) -> Iterator[list[float]]:
     finally:
         stopped.set()
         thread.join()
-
-
-def peak_flops_per_second(device: str) -> float | None:
-    """The GPU's dense BF16 peak by its data sheet; None for CPUs and GPUs that are not in the table."""
-    if device != "cuda":
-        return None
-    gpu = gpu_named(torch.cuda.get_device_name())
-    return gpu.bf16_flops_per_second if gpu else None
 
 
 def _forget_states(device: str) -> None:

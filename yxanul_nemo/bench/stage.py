@@ -10,14 +10,14 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.indexed import IndexedTokens
 from data_prep.manifest import MANIFEST_NAME, load_manifest
 from yxanul_nemo.bench.cases import Case, bench_cases
 from yxanul_nemo.bench.chart import bench_chart
-from yxanul_nemo.bench.measure import measure, peak_flops_per_second
+from yxanul_nemo.bench.measure import measure
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.data.blend import normalized_shares
-from yxanul_nemo.data.windows import PhaseWindows, open_streams
+from yxanul_nemo.data.windows import PhaseWindows, corpus_streams
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import atomic_file, write_json_atomic
@@ -28,6 +28,7 @@ from yxanul_nemo.model.memory import GIB, MEASURED_VOCAB_SIZE, with_micro_batch
 from yxanul_nemo.runtime import resolve_device
 from yxanul_nemo.training.micro_batch import gpu_memory_bytes
 from yxanul_nemo.training.phases import source_sizes
+from yxanul_nemo.training.records import peak_flops_per_second
 
 KERNELS_SHOWN = 20
 COLUMNS = (
@@ -44,7 +45,7 @@ def run_bench_stage(config: RunConfig) -> bool:
     config = with_micro_batch(config, corpus.vocab_size, gpu_memory_bytes(device))
     cases = bench_cases(config)
     logger.info("%d cases on %s, data: %s", len(cases), _device_name(device), corpus.description)
-    peak = peak_flops_per_second(device)
+    peak = peak_flops_per_second(PrecisionConfig(name="bf16"), device, devices=1)
     rows: list[dict[str, Any]] = []
     for case in cases:
         rows.append(_describe(case) | _run(config, case, corpus, device, peak))
@@ -87,11 +88,7 @@ class Corpus:
             manifest = load_manifest(config.data_dir)
             names = config.data.source_names
             sizes = source_sizes(config, manifest)
-            shards = {
-                name: [IndexedTokens(prefix) for prefix in manifest.prefixes(config.data_dir, name, "train")]
-                for name in names
-            }
-            self._streams = open_streams(shards, config.data.seed)
+            self._streams = corpus_streams(config, manifest)
             self._shares = normalized_shares(names, config.curriculum.blend, sizes)
             self.vocab_size = manifest.vocab_size
             self.description = f"the corpus in {config.data_dir}"

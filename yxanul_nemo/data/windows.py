@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
+from data_prep.indexed import IndexedTokens
+from data_prep.manifest import CorpusManifest
+from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import Blend
 from yxanul_nemo.data.stream import TokenStream
 from yxanul_nemo.read_ahead import read_ahead
@@ -95,6 +98,15 @@ class PhaseBatches(IterableDataset):
         ]
         ids, labels = (np.stack(arrays) for arrays in zip(*parts, strict=True))
         return torch.from_numpy(ids), torch.from_numpy(labels)
+
+
+def corpus_streams(config: RunConfig, manifest: CorpusManifest) -> list[TokenStream]:
+    """The training documents of the configured sources in a prepared corpus, a stream for each."""
+    shards_of = {
+        name: [IndexedTokens(prefix) for prefix in manifest.prefixes(config.data_dir, name, "train")]
+        for name in config.data.source_names
+    }
+    return open_streams(shards_of, config.data.seed)
 
 
 def open_streams(shards_of: Mapping[str, Sequence], seed: int) -> list[TokenStream]:

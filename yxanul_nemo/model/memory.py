@@ -9,9 +9,9 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.figures import GIB
 from yxanul_nemo.model.counts import parameter_count
 
-GIB = 1 << 30
 MEASURED_MODEL = ModelConfig(
     name="yxanul_197m",
     num_layers=28,

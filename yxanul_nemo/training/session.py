@@ -10,7 +10,6 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
-from data_prep.indexed import IndexedTokens
 from data_prep.manifest import load_manifest
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.shards import ShardReader
@@ -18,7 +17,7 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
-from yxanul_nemo.data.windows import PhaseBatches, PhaseWindows, open_streams
+from yxanul_nemo.data.windows import PhaseBatches, PhaseWindows, corpus_streams
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
@@ -187,14 +186,10 @@ class PhaseSession:
 
     def _windows(self) -> PhaseWindows:
         names = self.config.data.source_names
-        shards = {
-            name: [IndexedTokens(prefix) for prefix in self.manifest.prefixes(self.config.data_dir, name, "train")]
-            for name in names
-        }
         current = self.ledger.current.tokens_per_source
         before = [self.ledger.tokens_per_source.get(name, 0) - current.get(name, 0) for name in names]
         self.shares = normalized_shares(names, self.ledger.current.adapted_blend or self.phase.blend, self.sizes)
-        return PhaseWindows(open_streams(shards, self.config.data.seed), self.shares, before, self.phase.seq_len)
+        return PhaseWindows(corpus_streams(self.config, self.manifest), self.shares, before, self.phase.seq_len)
 
     def _train(self, first_step: int, stop: StopRequest) -> tuple[PhaseModule, CheckpointSaver]:
         """Train to the end or to a stop; the last save may still be under way."""

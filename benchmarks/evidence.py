@@ -1,0 +1,225 @@
+"""Does it pay: the runs behind the claims about curriculum, FP8 and SuperBPE, each by the product's own command, and what they came to.
+
+    python -m benchmarks.evidence --suite main --out OUT [--gpus 0 1] [--per-gpu 3] [--only NAME ...] \
+        [-- data.sources.text.path=CORPUS validation.dir=VALIDATION tokenizer.path=TOKENIZER ...]
+
+Every run is `python launcher.py recipe=evidence_... stage=[data,train]` with the overrides after `--`. Several share a GPU, which hides
+their start-ups; so speeds in a shared run mean nothing, and times are computed from `stage=bench` at the same shapes
+(`benchmarks.evidence_tables`). What a run came to is added to OUT/evidence.json when it ends; runs that are there already are not
+repeated. A finished run's checkpoints are removed, except with --keep.
+"""
+
+import argparse
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.report.gather import Run, read_run
+from yxanul_nemo.validation.record import in_phase_results
+
+RESULTS_NAME = "evidence.json"
+SEED_2 = ("run.seed=2", "data.seed=2")
+CURVE_POINTS = 200
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run."""
+
+    name: str
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    tokenizer: str = "t80k"
+    """Whose tokens: names the folder in OUT that is shared by the runs with it, and the overrides given as `--tokenizer NAME=...`."""
+
+
+def _main() -> list[Arm]:
+    curricula = ("fixed_2048", "from_64", "from_128", "ultra")
+    return [
+        Arm(f"{name}{suffix}", f"evidence_{name}", seed)
+        for suffix, seed in (("", ()), ("-seed2", SEED_2))
+        for name in curricula
+    ]
+
+
+def _tuning() -> list[Arm]:
+    short = ("curriculum.total_tokens=8e6", "validation.every_tokens=4e6")
+    grid = [
+        Arm(f"fixed-std{std}-lr{lr}", "evidence_fixed_2048", (*short, f"model.embedding_init_std={std}", f"optim.lr={lr}"))
+        for std in ("0.02", "0.1")
+        for lr in ("6e-4", "1.2e-3", "2.4e-3")
+    ]
+    return grid + [
+        Arm(f"from64-std{std}-lr{lr}", "evidence_from_64", (*short, f"model.embedding_init_std={std}", f"optim.lr={lr}"))
+        for std, lr in (("0.1", "6e-4"), ("0.1", "1.2e-3"), ("0.1", "2.4e-3"), ("0.02", "1.2e-3"))
+    ]
+
+
+SUITES: dict[str, list[Arm]] = {
+    "tuning": _tuning(),
+    "main": _main(),
+    "precision": [
+        Arm("fixed_2048-bf16", "evidence_fixed_2048", ("precision=bf16",)),
+        Arm("fixed_2048-bf16-seed2", "evidence_fixed_2048", ("precision=bf16", *SEED_2)),
+        Arm("from_64-bf16", "evidence_from_64", ("precision=bf16",)),
+    ],
+    "tokenizers": [
+        Arm("fixed_2048-t180k", "evidence_fixed_2048", tokenizer="t180k"),
+        Arm("fixed_2048-bpe", "evidence_fixed_2048", tokenizer="bpe"),
+    ],
+}
+
+
+@dataclass
+class Pool:
+    """Runs on GPUs, a thread for each place; results as they come."""
+
+    out: Path
+    common: tuple[str, ...]
+    tokenizers: dict[str, tuple[str, ...]]
+    keep: bool
+    results: dict[str, Any] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    data_locks: dict[str, threading.Lock] = field(default_factory=dict)
+
+    def work(self, arms: "queue.SimpleQueue[Arm]", gpu: str) -> None:
+        """Run what is left until nothing is."""
+        while True:
+            try:
+                arm = arms.get_nowait()
+            except queue.Empty:
+                return
+            began = time.time()
+            code = self._run(arm, gpu)
+            if code:
+                print(f"{arm.name}: exit code {code}, see {self.out / arm.name}.log", flush=True)
+                continue
+            summary = summarize(read_run(self.out / arm.name)) | {"recipe": arm.recipe, "wall_seconds": time.time() - began}
+            with self.lock:
+                self.results[arm.name] = summary
+                write_json_atomic(self.out / RESULTS_NAME, self.results)
+            print(f"{arm.name}: {summary['final']} in {summary['wall_seconds']:.0f} s", flush=True)
+            if not self.keep:
+                shutil.rmtree(self.out / arm.name / "checkpoints")
+
+    def _run(self, arm: Arm, gpu: str) -> int:
+        folder = self.out / arm.name
+        arguments = [
+            f"recipe={arm.recipe}", f"run.dir={folder}", f"data.dir={self.out / ('tokens-' + arm.tokenizer)}",
+            *self.common, *self.tokenizers.get(arm.tokenizer, ()), *arm.overrides,
+        ]  # fmt: skip
+        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu} if gpu != "none" else dict(os.environ)
+        with open(f"{folder}.log", "a") as log:
+
+            def launch(stage: str) -> int:
+                command = [sys.executable, "launcher.py", *arguments, f"stage={stage}"]
+                return subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+
+            # The first run with a tokenizer makes the tokens for all of them.
+            with self.lock:
+                data_lock = self.data_locks.setdefault(arm.tokenizer, threading.Lock())
+            with data_lock:
+                code = launch("data")
+            return code or launch("train")
+
+
+def summarize(run: Run) -> dict[str, Any]:
+    """What is kept of a run: its curves, thinned, and what it ended with."""
+    config = run.config
+    vocab_size = run.manifest.vocab_size
+    validations = [
+        {"tokens": tokens} | _bits(json.loads(path.read_text(encoding="utf-8"))) for tokens, path in in_phase_results(run.run_dir)
+    ]
+    ends = [
+        {"tokens": run.phases[number - 1].first_token + run.phases[number - 1].tokens, "phase": number}
+        | _bits(result)
+        for number, result in sorted(run.validations.items())
+    ]
+    records = {name: run.records[name] for name in ("tokens_total", "loss_nats_per_token", "tokens_per_second", "time_unix", "phase")}
+    every = max(1, len(records["tokens_total"]) // CURVE_POINTS)
+    restarts = [
+        float(records["time_unix"][i + 1] - records["time_unix"][i])
+        for i in range(len(records["phase"]) - 1)
+        if records["phase"][i + 1] != records["phase"][i]
+    ]
+    return {
+        "description": config.run.description,
+        "precision": config.precision.name,
+        "learning_rate": config.optim.lr,
+        "embedding_init_std": config.model.embedding_init_std,
+        "seed": config.run.seed,
+        "vocab_size": vocab_size,
+        "bytes_per_token": sum(s.text_bytes("train") for s in run.manifest.sources.values())
+        / sum(s.tokens("train") for s in run.manifest.sources.values()),
+        "phases": [
+            {
+                "seq_len": phase.seq_len,
+                "tokens": phase.tokens,
+                "flops_per_token": training_flops_per_token(config.model, vocab_size, phase.seq_len),
+                "tokens_per_second": run.median(phase.number, "tokens_per_second"),
+            }
+            for phase in run.phases
+        ],
+        "in_phase": validations,
+        "phase_ends": ends,
+        "final": {name: value for name, value in ends[-1].items() if name not in ("tokens", "phase")},
+        "train_loss": [
+            [int(t), round(float(loss), 4)]
+            for t, loss in zip(records["tokens_total"][::every], records["loss_nats_per_token"][::every], strict=True)
+        ],
+        "between_phases_seconds": restarts,
+        "skipped_steps": int(run.records["skipped_steps"].sum()),
+    }
+
+
+def _bits(result: dict[str, Any]) -> dict[str, float]:
+    return {name: round(score["bits_per_byte"], 5) for name, score in result["domains"].items()}
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), required=True)
+    parser.add_argument("--only", nargs="+", help="names of runs in the suites")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--gpus", nargs="+", default=["0"], help="none: a CPU")
+    parser.add_argument("--per-gpu", type=int, default=1)
+    parser.add_argument("--tokenizer", action="append", default=[], metavar="NAME=OVERRIDE", help="t80k, t180k, bpe: an override for its runs")
+    parser.add_argument("--keep", action="store_true", help="keep checkpoints")
+    parser.add_argument("overrides", nargs="*")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results_path = arguments.out / RESULTS_NAME
+    results = json.loads(results_path.read_text()) if results_path.exists() else {}
+    tokenizers: dict[str, tuple[str, ...]] = {}
+    for given in arguments.tokenizer:
+        name, _, override = given.partition("=")
+        tokenizers[name] = (*tokenizers.get(name, ()), override)
+    arms: queue.SimpleQueue[Arm] = queue.SimpleQueue()
+    for suite in arguments.suite:
+        for arm in SUITES[suite]:
+            if arm.name not in results and (arguments.only is None or arm.name in arguments.only):
+                arms.put(arm)
+    pool = Pool(arguments.out, tuple(arguments.overrides), tokenizers, arguments.keep, results)
+    places = [
+        threading.Thread(target=pool.work, args=(arms, gpu)) for _ in range(arguments.per_gpu) for gpu in arguments.gpus
+    ]
+    for place in places:
+        place.start()
+    for place in places:
+        place.join()
+    return 0 if arms.empty() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

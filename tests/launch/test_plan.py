@@ -275,13 +275,17 @@ def test_an_edited_curriculum_and_too_little_text_are_refused(
     assert not (run_dir / "plan.json").exists()
 
 
+@pytest.mark.parametrize("keep_phase_ends", [True, False])
 def test_no_more_checkpoints_lie_on_disk_than_planned(
-    prepared: Path, tmp_path: Path, make_config: Callable[..., RunConfig]
+    prepared: Path, tmp_path: Path, make_config: Callable[..., RunConfig], keep_phase_ends: bool
 ) -> None:
-    """The store itself, saving whenever training would."""
-    config = make_config(f"run.dir={tmp_path / 'run'}", "checkpoint.every_tokens=1024", "checkpoint.keep_latest=2")
+    """The store itself, saving whenever training would, with the first checkpoint as the best."""
+    config = make_config(
+        f"run.dir={tmp_path / 'run'}", "checkpoint.every_tokens=1024", "checkpoint.keep_latest=2",
+        f"checkpoint.keep_phase_ends={keep_phase_ends}",
+    )  # fmt: skip
     phases = plan_phases(config.curriculum)
-    store = CheckpointStore(tmp_path / "checkpoints", config.checkpoint.keep_latest)
+    store = CheckpointStore.of_run(config)
     ledger = Ledger.fresh(expected_run(config, load_manifest(prepared / "data"), phases))
     most = 0
     for phase in phases:
@@ -293,5 +297,7 @@ def test_no_more_checkpoints_lie_on_disk_than_planned(
             temporary = store.begin(ledger.tokens_total)
             (temporary / "weights").write_bytes(b"w")
             most = max(most, sum(path.is_dir() for path in store.root.iterdir()))
-            store.commit(temporary, ledger, phase_end=step == phase.steps)
+            committed = store.commit(temporary, ledger, phase_end=step == phase.steps)
+            if phase.number == 1 and step == phase.steps:
+                store.mark_best(committed, "mean_bits_per_byte", 1.0)
     assert make_plan(config, []).checkpoints_kept == most

@@ -27,13 +27,14 @@ def train(config: RunConfig, phases: Sequence[int]) -> list[bool]:
 
     Returns whether each was completed.
     """
-    from yxanul_nemo.training.session import PhaseSession, checkpoint_store
+    from yxanul_nemo.checkpoint.store import CheckpointStore
+    from yxanul_nemo.training.session import PhaseSession
     from yxanul_nemo.training.signals import StopRequest
 
     stop = StopRequest()
     stop.install()
     if os.environ["RANK"] == "0":
-        checkpoint_store(config).clean_temporaries()
+        CheckpointStore.of_run(config).clean_temporaries()
     completed = []
     for number in phases:
         if not phase_result_path(config.run.dir, number).is_file():

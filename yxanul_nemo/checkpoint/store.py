@@ -33,6 +33,7 @@ from yxanul_nemo.checkpoint.manifest import (
     seal,
     verify_files,
 )
+from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fsync_dir, write_json_atomic, write_text_atomic
@@ -75,17 +76,24 @@ class CheckpointStore:
 
     Args:
         root: folder of the checkpoints; made by the first `begin`.
-        keep_latest: newest checkpoints that rotation keeps, beside the best one and every end of a phase.
+        keep_latest: newest checkpoints that rotation keeps, beside the best one and, with `keep_phase_ends`, every end of a phase.
         verify: what is checked before a checkpoint is handed out: `full`, the SHA-256 of every file; `size`, the sizes
             (and the SHA-256 of small files).
     """
 
-    def __init__(self, root: Path, keep_latest: int = 3, verify: Verify = "full"):
+    def __init__(self, root: Path, keep_latest: int = 3, verify: Verify = "full", keep_phase_ends: bool = True):
         if keep_latest < 1:
             raise UserError("checkpoint.keep_latest", f"got {keep_latest}", "at least 1")
         self.root = Path(root)
         self.keep_latest = keep_latest
         self.verify: Verify = verify
+        self.keep_phase_ends = keep_phase_ends
+
+    @classmethod
+    def of_run(cls, config: RunConfig) -> "CheckpointStore":
+        """The checkpoints of a run, kept as it asks for."""
+        kept = config.checkpoint
+        return cls(config.run.dir / "checkpoints", kept.keep_latest, kept.verify, kept.keep_phase_ends)
 
     def begin(self, tokens: int) -> Path:
         """Make a fresh temporary directory for the state after `tokens`; any rank may write files and folders into it.
@@ -300,7 +308,8 @@ class CheckpointStore:
         # Of the same tokens the replaced one comes first, so that the dictionary ends up with the one that counts.
         by_tokens = {checkpoint.tokens: checkpoint for checkpoint in whole}
         kept = {checkpoint.path for checkpoint in list(by_tokens.values())[-self.keep_latest :]} | {newest.path}
-        kept |= {checkpoint.path for checkpoint in by_tokens.values() if checkpoint.phase_end}
+        if self.keep_phase_ends:
+            kept |= {checkpoint.path for checkpoint in by_tokens.values() if checkpoint.phase_end}
         if (pointer := self._best_pointer()) is not None:
             kept.add(self.root / pointer["checkpoint"])
         for checkpoint in whole:

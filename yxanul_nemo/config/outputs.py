@@ -15,6 +15,8 @@ class CheckpointConfig(Section):
     """Tokens between two checkpoints inside a phase."""
     keep_latest: int = Field(default=3, ge=1)
     """Checkpoints kept beside the best one and the ends of phases."""
+    keep_phase_ends: bool = True
+    """Keep the end of every phase; false: only as one of the latest or the best."""
     asynchronous: bool = True
     """Training waits only until its state is copied into host memory (of the size of a checkpoint) and goes on while a thread writes it."""
     verify: Literal["full", "size"] = "full"

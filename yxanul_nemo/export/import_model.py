@@ -53,7 +53,7 @@ def import_model(source: Path, config: RunConfig) -> Checkpoint:
     source = Path(source)
     manifest = load_manifest(config.data_dir)
     with RunLock(config.run.dir):
-        store = CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep_latest, config.checkpoint.verify)
+        store = CheckpointStore.of_run(config)
         if store.newest_good() is not None:
             raise UserError(
                 store.root, "holds checkpoints already", "a run that has not begun", "Give another run.dir."

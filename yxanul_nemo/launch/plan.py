@@ -355,6 +355,11 @@ def _sources(
 
 
 def _checkpoints_kept(config: RunConfig, phases: list[Phase]) -> int:
-    """Most at one time: the ends of phases (the best is one of them), the newest inside phases, and the one being written."""
+    """Most at one time: the ends of phases (the best is one of them), the newest inside phases, and the one being written.
+
+    Where ends are not kept: the newest, the best and the one being written.
+    """
     inside = sum(int((phase.tokens - 1) // config.checkpoint.every_tokens) for phase in phases)
+    if not config.checkpoint.keep_phase_ends:
+        return min(len(phases) + inside, config.checkpoint.keep_latest + 2)
     return len(phases) + min(config.checkpoint.keep_latest, inside)

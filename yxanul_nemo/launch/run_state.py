@@ -25,9 +25,7 @@ class RunState:
 
     def __init__(self, config: RunConfig, stages: list[str]):
         self.config, self.stages = config, stages
-        self.store = CheckpointStore(
-            config.run.dir / "checkpoints", config.checkpoint.keep_latest, config.checkpoint.verify
-        )
+        self.store = CheckpointStore.of_run(config)
         phases = selected_phases(config.phases, len(config.curriculum.phases)) if "train" in stages else []
         self.tasks = [Task("train", number) for number in phases]
         self.tasks += [Task(stage) for stage in ("validate", "export") if stage in stages]

@@ -53,11 +53,6 @@ from yxanul_nemo.validation.stage import identified, validate_model
 from yxanul_nemo.validation.table import table
 
 
-def checkpoint_store(config: RunConfig) -> CheckpointStore:
-    """The run's checkpoints."""
-    return CheckpointStore(config.run.dir / "checkpoints", config.checkpoint.keep_latest, config.checkpoint.verify)
-
-
 class PhaseSession:
     """Everything that training one phase needs, built once.
 
@@ -79,7 +74,7 @@ class PhaseSession:
         memory_bytes = gpu_memory_bytes(self.device)
         self.asked_for = config.parallel.micro_batch_tokens
         self.config = config = with_micro_batch(config, self.manifest.vocab_size, memory_bytes)
-        self.store = checkpoint_store(config)
+        self.store = CheckpointStore.of_run(config)
         model = build_model(
             config.model,
             self.manifest.vocab_size,

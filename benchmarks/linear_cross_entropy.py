@@ -1,6 +1,7 @@
 """Time and accuracy of the linear cross entropy on one GPU, with the peers that are installed.
 
     python -m benchmarks.linear_cross_entropy --tokens 32768 --rows 200064 --inner 128 --logits flat
+    python -m benchmarks.linear_cross_entropy --run runs/NAME     # also with a trained model's head, on its own training text
 
 Each variant runs forward and backward on bfloat16 inputs with a mean loss, as in training. Times are medians in
 milliseconds from CUDA events with a cold L2 cache; errors are norms of the difference to the float64 chunked path,
@@ -11,8 +12,10 @@ import argparse
 import importlib.metadata
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -38,6 +41,46 @@ def make_inputs(kind: str, tokens: int, rows: int, inner: int, vocab_size: int) 
         frequency_V = log_frequency_V[:vocab_size].exp()
         labels_T = torch.multinomial(frequency_V, tokens, replacement=True, generator=generator)
     return z_TR.bfloat16().requires_grad_(), e_VR.bfloat16().requires_grad_(), labels_T
+
+
+def trained_inputs(run_dir: Path, tokens: int) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+    """What the head of a run's newest checkpoint gets from the first windows of its corpus, and the vocabulary's size."""
+    # Megatron-core and its like take long to import and are not needed for made inputs.
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from data_prep.manifest import load_manifest
+    from yxanul_nemo.checkpoint.store import CheckpointStore
+    from yxanul_nemo.config.load import load_run_config
+    from yxanul_nemo.config.training import PrecisionConfig
+    from yxanul_nemo.data.windows import PhaseWindows, corpus_streams
+    from yxanul_nemo.runtime import init_process_groups
+    from yxanul_nemo.training.restore import restore_model
+
+    config = load_run_config(run_dir / "config.yaml")
+    manifest = load_manifest(config.data_dir)
+    init_process_groups(config.parallel, "cuda", config.run.seed)
+    checkpoint = CheckpointStore.of_run(config).newest_good()
+    assert checkpoint is not None, f"{run_dir} holds no checkpoint"
+    model = restore_model(config, checkpoint, manifest.vocab_size, PrecisionConfig(name="bf16"), config.parallel)
+    streams = corpus_streams(config, manifest)[:1]
+    seq_len = config.validation.eval_len
+    ids, labels = PhaseWindows(streams, np.ones(1), [0], seq_len).read(0, tokens // seq_len)
+
+    def head_inputs(*, hidden_states: Tensor, output_weight: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+        return model.embedding.projection.down(hidden_states), output_weight
+
+    with torch.no_grad():
+        z_TBR, e_VR = GPTModel.forward(
+            model,
+            torch.from_numpy(ids).cuda(),
+            None,
+            None,
+            labels=torch.from_numpy(labels).cuda(),
+            output_processor=head_inputs,
+        )
+    z_TR = z_TBR.transpose(0, 1).reshape(-1, z_TBR.size(-1)).contiguous()
+    labels_T = torch.from_numpy(labels).reshape(-1).cuda()
+    return (z_TR.detach().requires_grad_(), e_VR.detach().clone().requires_grad_(), labels_T), manifest.vocab_size
 
 
 def variants(vocab_size: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
@@ -95,7 +138,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200_064, help="rows of the padded table")
     parser.add_argument("--vocab-size", type=int, help="rows that are no padding (default: all)")
     parser.add_argument("--inner", type=int, default=128)
-    parser.add_argument("--logits", choices=("flat", "wide", "zipf"), nargs="+", default=["flat", "wide", "zipf"])
+    parser.add_argument("--logits", choices=("flat", "wide", "zipf"), nargs="*", default=["flat", "wide", "zipf"])
+    parser.add_argument("--run", type=Path, help="folder of a trained run")
     parser.add_argument("--repeat-ms", type=int, default=200, help="time spent on each median")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
@@ -114,8 +158,15 @@ def main() -> None:
         "results": [],
     }
     print({key: value for key, value in report.items() if key != "results"})
-    for kind in arguments.logits:
-        inputs = make_inputs(kind, arguments.tokens, arguments.rows, arguments.inner, vocab_size)
+    made = {
+        kind: (partial(make_inputs, kind, arguments.tokens, arguments.rows, arguments.inner, vocab_size), vocab_size)
+        for kind in arguments.logits
+    }
+    if arguments.run:
+        trained, trained_vocab_size = trained_inputs(arguments.run, arguments.tokens)
+        made["trained"] = (lambda: trained, trained_vocab_size)
+    for kind, (inputs_of, vocab_size) in made.items():
+        inputs = inputs_of()
         doubles = [x.detach().double().requires_grad_() for x in inputs[:2]]
         loss_T = linear_cross_entropy(*doubles, inputs[2], vocab_size=vocab_size, impl="torch")
         expected = [loss_T.detach(), *torch.autograd.grad(loss_T.mean(), doubles)]
@@ -125,7 +176,7 @@ def main() -> None:
                 report["versions"][name] = importlib.metadata.version(name)
             report["results"].append({"logits": kind, "variant": name, **result})
             figures = "  ".join(f"{key} {value:.3g}" for key, value in result.items())
-            print(f"{kind:5} {name:18} {figures}", flush=True)
+            print(f"{kind:7} {name:18} {figures}", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 

@@ -80,6 +80,9 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if parallel.deterministic:
+        # Transformer Engine's switch (dot_product_attention), which Megatron-core's deterministic_mode asks for.
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":

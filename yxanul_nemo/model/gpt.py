@@ -160,5 +160,6 @@ def transformer_config(
         use_transformer_engine_op_fuser=with_te and parallel.op_fuser,
         attention_backend=attention_backend(seq_len, model.head_dim, dtype) if with_te else AttnBackend.auto,
         gradient_accumulation_fusion=False,
+        deterministic_mode=parallel.deterministic and on_gpu,
         **fp8,
     )

@@ -1,0 +1,41 @@
+"""Whole runs on a GPU: killed, stopped and resumed they end with the bits of the undisturbed one."""
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.training import sessions
+from tests.training.runs import PHASES, TOTAL, MakeRun, assert_equal_runs, newest
+from yxanul_nemo.config.run import RunConfig
+
+pytestmark = pytest.mark.gpu
+
+ON_GPU = (
+    "parallel.device=cuda", "parallel.deterministic=true", "model.hidden_size=256", "model.ffn_hidden_size=512", "model.head_dim=64",
+    "model.embedding_rank=128", "model.max_position_embeddings=256", "curriculum.phases.2.seq_len=256", "validation.eval_len=128",
+)  # fmt: skip
+"""Windows of 16, 64 and 256 tokens: the project's attention, and Transformer Engine's."""
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
+def test_kills_and_stops_change_no_bit(make_run: MakeRun, tmp_path: Path, precision: str) -> None:
+    """A signal at the end of a phase and one inside another, and kills without warning inside a step and a save."""
+    make = lambda: make_run(f"precision={precision}", *ON_GPU)  # noqa: E731
+    straight, disturbed = make(), make()
+    run_ranks(sessions.train, 1, straight, PHASES)
+    for tokens, work, killed_at in ((4096, "step", 6144), (13312, "save", 14336)):
+        run_ranks(sessions.train_until, 1, disturbed, PHASES, tokens, signal.SIGTERM)
+        assert newest(disturbed).tokens == tokens
+        _kill(disturbed, work, killed_at, tmp_path / work)
+    run_ranks(sessions.train, 1, disturbed, PHASES)
+    assert newest(disturbed).tokens == TOTAL
+    assert_equal_runs(disturbed, straight)
+
+
+def _kill(config: RunConfig, work: str, tokens: int, note: Path) -> None:
+    """Before the third line of the work that leads to `tokens`."""
+    with pytest.raises(AssertionError, match="ended with exit code"):
+        run_ranks(sessions.train_and_die, 1, config, PHASES, work, tokens, 3, note)
+    assert note.is_file(), "it ended for another reason"

@@ -42,7 +42,7 @@ def test_every_key_has_its_line(path: Path) -> None:
     if path.name == "config.yaml":
         # Of the rest, Hydra's own keys, its template for --help is the explanation.
         text = text[text.index("# Steps of the pipeline") : text.index("\nhydra:")]
-    names_of_maps = r"^  (?:prose|reference|code|english|math|text):$"
+    names_of_maps = r"^  (?:prose|reference|code|english|math|text|docs):$"
     assert uncommented(re.sub(names_of_maps, "", text, flags=re.MULTILINE)) == []
 
 

@@ -19,6 +19,7 @@ from typing import Self
 import numpy as np
 
 from data_prep.encode import CHUNK_BYTES, Encoder, Progress, ShardRecord, ShardTask, prepare_shard
+from data_prep.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
 
 PIECE_CHARS = 256 << 10
@@ -74,6 +75,8 @@ def run_shards(
                 yield attempt_shard(task, encoder, on_progress)
         return
     with WorkerPool(load_encoder, cores) as pool:
+        if not all(task.options.holds_ids for task in tasks):
+            pool.use_bulk_encoder(encoder)
         # Whole shards need no traffic between processes. Those left over after the last full round are shared by all workers.
         alone = len(tasks) - len(tasks) % cores
         yield from pool.run(tasks[:alone], on_progress)
@@ -113,6 +116,14 @@ class WorkerPool:
             worker.terminate()
         for worker in self._workers.values():
             worker.join()
+
+    def use_bulk_encoder(self, encoder: Encoder) -> None:
+        """Give all workers the faster way of `encoder`, made once, while they start."""
+        made = encoder.bulk_encoder()
+        if made is not None:
+            for pipe in self._workers:
+                with self._deaths_named(pipe):
+                    pipe.send(made)
 
     def run(self, tasks: list[ShardTask], on_progress: Callable[[Progress], None]) -> Iterator[ShardOutcome]:
         """Prepare whole shards, one per worker at a time, in the order given."""
@@ -208,7 +219,9 @@ def encoder_threads(threads: int) -> Iterator[None]:
 
 
 def _work(pipe: Connection, load_encoder: Callable[[], Encoder]) -> None:
-    """Life of a worker: a shard or a list of texts comes in, an outcome or their ids go out, until the pipe closes."""
+    """Life of a worker: a shard or a list of texts comes in, an outcome or their ids go out, until the pipe closes. First of all
+    the faster encoder may come.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides.
     encoder = load_encoder()
     try:
@@ -216,6 +229,8 @@ def _work(pipe: Connection, load_encoder: Callable[[], Encoder]) -> None:
             request = pipe.recv()
             if isinstance(request, ShardTask):
                 pipe.send(attempt_shard(request, encoder, pipe.send))
+            elif isinstance(request, SuperwordEncoder):
+                encoder.use_bulk_encoder(request)
             else:
                 pipe.send(encoder.encode_batch(request))
     except (EOFError, BrokenPipeError, ConnectionResetError):

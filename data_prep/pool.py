@@ -1,4 +1,5 @@
 """Worker processes, each with a tokenizer of its own: whole shards while there are enough of them, pieces of one shard after that.
+What makes them fast is made once, by the parent, while they start.
 
 Workers are started afresh (`spawn`): a fork would copy the tokenizer library's threads in an unusable state. Each has a pipe of its
 own to the parent and ends when that closes, so that none outlives a parent that was killed.
@@ -22,10 +23,12 @@ from data_prep.encode import CHUNK_BYTES, Encoder, Progress, ShardRecord, ShardT
 from data_prep.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
 
-PIECE_CHARS = 256 << 10
+PIECE_CHARS = 512 << 10
 """Text sent to a worker at a time when several work on one shard."""
 CHUNK_BYTES_PER_WORKER = 4 << 20
 """Text of a shard in hand for each worker then: many pieces, so that none waits long for the others."""
+SHARED_SHARDS = 3
+"""Shards that all workers share at most: this process, which reads, splits and writes them, keeps up with about four workers."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ def run_shards(
     with WorkerPool(load_encoder, cores) as pool:
         if not all(task.options.holds_ids for task in tasks):
             pool.use_bulk_encoder(encoder)
-        # Whole shards need no traffic between processes. Those left over after the last full round are shared by all workers.
-        alone = len(tasks) - len(tasks) % cores
+        # Whole shards need no traffic between processes. A few left over after the last full round are shared by all workers.
+        left_over = len(tasks) % cores
+        alone = len(tasks) - (left_over if left_over <= SHARED_SHARDS else 0)
         yield from pool.run(tasks[:alone], on_progress)
         shared = SharedEncoder(encoder, pool)
         for task in tasks[alone:]:

@@ -27,9 +27,9 @@ from data_prep.piece_memory import SHORT_BYTES, PieceMemory, short_keys
 from data_prep.superword_tables import SuperwordTables, join_places
 
 MEMORY_PIECES = 400_000
-"""Pieces remembered; about 40 MB. A full memory starts anew."""
-SLICE_BYTES = 512 << 10
-"""Text worked on at a time: its arrays take some 10 MB."""
+"""Pieces remembered; about 50 MB. A full memory starts anew."""
+SLICE_BYTES = 1 << 20
+"""Text worked on at a time: its arrays take some 20 MB. It must hold fewer new pieces than the memory has room for beside the others."""
 LONGEST_PIECE = 256
 """Bytes of the longest piece that is taken. Work grows with the square of a piece's length."""
 LONGEST_RUN = 64
@@ -62,18 +62,21 @@ class SuperwordEncoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | None]:
         """Ids of each text, int32 of shape [tokens]; None for those that are left to the tokenizer: in scripts without spaces and
-        ASCII punctuation, with digits beyond ASCII, or with tokens that are found before any merging.
+        ASCII punctuation, with digits beyond ASCII, with tokens that are found before any merging, or longer than `SLICE_BYTES`.
         """
         results: list[np.ndarray | None] = []
         held: list[bytes] = []
         size = 0
         with self._lock:
-            for text in texts:
-                held.append(text.encode())
-                size += len(held[-1])
-                if size >= SLICE_BYTES:
+            for raw in map(str.encode, texts):
+                if size + len(raw) > SLICE_BYTES:
                     results += self._encode_slice(held)
                     held, size = [], 0
+                if len(raw) > SLICE_BYTES:
+                    results.append(None)
+                else:
+                    held.append(raw)
+                    size += len(raw)
             return results + self._encode_slice(held)
 
     def _encode_slice(self, texts: list[bytes]) -> list[np.ndarray | None]:
@@ -184,4 +187,6 @@ def _may_be_number_beyond_ascii(piece: str) -> bool:
 
     Characters that Python's Unicode tables do not know may be digits in the library's.
     """
-    return any(unicodedata.category(character) in ("Nd", "Nl", "No", "Cn") for character in piece if character >= "\x80")
+    return any(
+        unicodedata.category(character) in ("Nd", "Nl", "No", "Cn") for character in piece if character >= "\x80"
+    )

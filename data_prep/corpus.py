@@ -18,7 +18,7 @@ from yxanul_nemo.disk_errors import disk_error, disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 
-PROCESS_MIN_BYTES = 64 << 20
+PROCESS_MIN_BYTES = 16 << 20
 """Below this much text, threads in this process are done before worker processes have started."""
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 LISTED = 10

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from data_prep.indexed import IndexedWriter, bin_path, idx_path, token_dtype
 from data_prep.manifest import InputEntry, ShardEntry
 from data_prep.shards import DocumentBatch, InputShard, ShardReader, SkippedRows
+from data_prep.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import sha256_file, write_text_atomic
 from yxanul_nemo.read_ahead import read_ahead
@@ -30,6 +31,10 @@ class Encoder(Protocol):
     fingerprint: str
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
+
+    def bulk_encoder(self) -> SuperwordEncoder | None: ...
+
+    def use_bulk_encoder(self, encoder: SuperwordEncoder | None) -> None: ...
 
     def decode(self, ids: np.ndarray) -> str: ...
 

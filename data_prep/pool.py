@@ -1,4 +1,5 @@
 """Worker processes, each with a tokenizer of its own: whole shards while there are enough of them, pieces of one shard after that.
+What makes them fast is made once, by the parent, while they start.
 
 Workers are started afresh (`spawn`): a fork would copy the tokenizer library's threads in an unusable state. Each has a pipe of its
 own to the parent and ends when that closes, so that none outlives a parent that was killed.
@@ -19,12 +20,15 @@ from typing import Self
 import numpy as np
 
 from data_prep.encode import CHUNK_BYTES, Encoder, Progress, ShardRecord, ShardTask, prepare_shard
+from data_prep.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
 
-PIECE_CHARS = 256 << 10
+PIECE_CHARS = 512 << 10
 """Text sent to a worker at a time when several work on one shard."""
 CHUNK_BYTES_PER_WORKER = 4 << 20
 """Text of a shard in hand for each worker then: many pieces, so that none waits long for the others."""
+SHARED_SHARDS = 3
+"""Shards that all workers share at most: this process, which reads, splits and writes them, keeps up with about four workers."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,11 @@ def run_shards(
                 yield attempt_shard(task, encoder, on_progress)
         return
     with WorkerPool(load_encoder, cores) as pool:
-        # Whole shards need no traffic between processes. Those left over after the last full round are shared by all workers.
-        alone = len(tasks) - len(tasks) % cores
+        if not all(task.options.holds_ids for task in tasks):
+            pool.use_bulk_encoder(encoder)
+        # Whole shards need no traffic between processes. A few left over after the last full round are shared by all workers.
+        left_over = len(tasks) % cores
+        alone = len(tasks) - (left_over if left_over <= SHARED_SHARDS else 0)
         yield from pool.run(tasks[:alone], on_progress)
         shared = SharedEncoder(encoder, pool)
         for task in tasks[alone:]:
@@ -113,6 +120,14 @@ class WorkerPool:
             worker.terminate()
         for worker in self._workers.values():
             worker.join()
+
+    def use_bulk_encoder(self, encoder: Encoder) -> None:
+        """Give all workers the faster way of `encoder`, made once, while they start."""
+        made = encoder.bulk_encoder()
+        if made is not None:
+            for pipe in self._workers:
+                with self._deaths_named(pipe):
+                    pipe.send(made)
 
     def run(self, tasks: list[ShardTask], on_progress: Callable[[Progress], None]) -> Iterator[ShardOutcome]:
         """Prepare whole shards, one per worker at a time, in the order given."""
@@ -208,7 +223,9 @@ def encoder_threads(threads: int) -> Iterator[None]:
 
 
 def _work(pipe: Connection, load_encoder: Callable[[], Encoder]) -> None:
-    """Life of a worker: a shard or a list of texts comes in, an outcome or their ids go out, until the pipe closes."""
+    """Life of a worker: a shard or a list of texts comes in, an outcome or their ids go out, until the pipe closes. First of all
+    the faster encoder may come.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides.
     encoder = load_encoder()
     try:
@@ -216,6 +233,8 @@ def _work(pipe: Connection, load_encoder: Callable[[], Encoder]) -> None:
             request = pipe.recv()
             if isinstance(request, ShardTask):
                 pipe.send(attempt_shard(request, encoder, pipe.send))
+            elif isinstance(request, SuperwordEncoder):
+                encoder.use_bulk_encoder(request)
             else:
                 pipe.send(encoder.encode_batch(request))
     except (EOFError, BrokenPipeError, ConnectionResetError):

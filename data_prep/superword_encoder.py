@@ -1,194 +1,192 @@
 """A faster way to the same ids: SuperBPE's merges inside words from a memory of pieces, its merges across words on what is left.
 
-Byte-pair encoding applies merges strictly by rank. Let T be the rank of the first merge that crosses one of a few borders which
-words hardly ever cross (letter to space, letter to punctuation, ...). Then
+Byte-pair encoding applies merges strictly by rank. With T and the conditions of `superword_tables`:
 
-- merges below T never cross those borders, so text may be cut there and each piece encoded alone; pieces repeat, so most are
-  found in a dictionary,
+- merges below T never cross the borders of words, so text may be cut there and each piece encoded alone; pieces repeat, so most
+  are found in a memory,
 - merges from T on make tokens that no merge below T makes, so none that a merge below T takes: they can be applied afterwards,
   by themselves,
+- a merge from T on joins two tokens across a border only if the two that meet there lie side by side in some token made from T on.
+  Most do not, so that what is left falls into short runs,
 - digit groups are cut off by the pre-tokenizer, and no merge from T on joins an ASCII digit to anything in ASCII.
 
-The second half is the `tokenizers` library's own BPE over one private character for each token so far, which is a text about
-five times shorter. The conditions are checked for the tokenizer at hand; where one fails, there is no such encoder.
+Merging is `pair_merging`'s: all new pieces at once, all runs at once. Texts that this is not made for are left to the tokenizer itself.
 """
 
-import json
 import re
+import threading
+import unicodedata
 from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
 import tokenizers
-from tokenizers import models
 
-from data_prep.superbpe_rules import follows_superword_rules, superword_rules, token_contents
+from data_prep.pair_merging import MOST_IDS
+from data_prep.piece_memory import SHORT_BYTES, PieceMemory, short_keys
+from data_prep.superword_tables import SuperwordTables, join_places
 
-FIRST_PRIVATE = 0x10000
-"""Token i stands as the character FIRST_PRIVATE + i; Unicode ends above a million."""
 MEMORY_PIECES = 400_000
-"""Pieces remembered; about 100 MB. A full memory starts anew."""
-LONGEST_REMEMBERED = 48
-"""Characters of the longest piece that is remembered."""
-SHORT_PIECES = 16
-"""A text with fewer pieces than one for so many characters (Chinese, say) gains nothing and is encoded the plain way."""
-LEAST_SHARE = 0.1
-"""Share of merges that must lie below T for the way round to pay."""
+"""Pieces remembered; about 50 MB. A full memory starts anew."""
+SLICE_BYTES = 1 << 20
+"""Text worked on at a time: its arrays take some 20 MB. It must hold fewer new pieces than the memory has room for beside the others."""
+LONGEST_PIECE = 256
+"""Bytes of the longest piece that is taken. Work grows with the square of a piece's length."""
+LONGEST_RUN = 64
+"""Tokens of the longest run that is taken, for the same reason."""
+REFUSED = -1
+"""Stands for the ids of a piece that is not taken."""
+CUT_BEFORE = 1 << 24
+"""Added to the id of a token that the pre-tokenizer keeps apart from the one before it."""
 
-_LETTERS, _BLANKS, _DIGITS = "A-Za-z", r"\x00-\x20\x7f", "0-9"
-_PUNCTUATION = r"""!-/:-@\[-`{-~"""
-_PUNCTUATION_BUT_APOSTROPHE = r"""!-&(-/:-@\[-`{-~"""
-_BEYOND_ASCII = r"\x80-\U0010ffff"
-
-_BESIDE_DIGIT = re.compile(rb"[0-9][\x00-\x7f]|[\x00-\x7f][0-9]")
-
-
-def _borders(punctuation: str) -> re.Pattern[bytes]:
-    """Two bytes with a border between them."""
-    pairs = [(_LETTERS, _BLANKS), (_LETTERS, punctuation), (punctuation, _LETTERS), (punctuation, _BLANKS)]
-    return re.compile("|".join(f"[{left}][{right}]" for left, right in pairs).encode())
-
-
-def _pieces(punctuation: str, glue: str) -> re.Pattern[str]:
-    """Matches one piece after another; each ends at a border, beside a digit, or with the text.
-
-    A character of `glue` (all that no border is known for) holds together what it touches, and so do digits beside it, since
-    they may be one number. Repetition is possessive throughout, so that matching takes linear time.
-    """
-    plain = rf"[{_LETTERS}]++(?![{glue}])|[{punctuation}]++(?![{glue}])"
-    glued = rf"(?:[{_LETTERS}{punctuation}{_DIGITS}]*+[{glue}]++[{_BLANKS}{_DIGITS}]*+)++(?:[{_LETTERS}]++|[{punctuation}]++)?+"
-    # Digits come first: what is glued is looked for from a letter or digit only where glue follows its run, or after a blank.
-    return re.compile(rf"[{_DIGITS}]++(?![{glue}])|[{_BLANKS}]*+(?:{plain}|{glued})|[{_BLANKS}]++")
+_DIGIT_GROUPS = re.compile(rb"[0-9]{1,3}(?=(?:[0-9]{3})*(?![0-9]))|[^0-9]+")
 
 
 class SuperwordEncoder:
-    """Encodes as the tokenizer it was made for; threads may share it."""
+    """Encodes as the tokenizer it was made for; threads may share it, and wait for each other. Pickled without its memory."""
 
     @classmethod
     def for_tokenizer(cls, tokenizer: tokenizers.Tokenizer) -> Self | None:
-        """The encoder, or None if the tokenizer's rules are not SuperBPE's or its merges do not meet the conditions."""
-        description = json.loads(tokenizer.to_str())
-        if not follows_superword_rules(description):
-            return None
-        model = description["model"]
-        merges = [(left, right) for left, right in model["merges"]]
-        made = [left + right for left, right in merges]
-        contents = token_contents(made)
-        first_crossing, punctuation = max(
-            (_first_crossing(contents, _borders(kind)), kind) for kind in (_PUNCTUATION, _PUNCTUATION_BUT_APOSTROPHE)
-        )
-        below, above = (
-            {token for token in model["vocab"] if len(token) == 1} | set(made[:first_crossing]),
-            made[first_crossing:],
-        )
-        if (
-            first_crossing < LEAST_SHARE * len(merges)
-            or any(map(_BESIDE_DIGIT.search, contents[first_crossing:]))
-            or len(set(above)) != len(above)
-            or not below.isdisjoint(above)
-            or below.union(above) != model["vocab"].keys()
-        ):
-            return None
-        return cls(tokenizer, model["vocab"], merges, first_crossing, punctuation)
+        """The encoder, or None if the tokenizer does not meet the conditions."""
+        tables = SuperwordTables.for_tokenizer(tokenizer)
+        return None if tables is None else cls(tables)
 
-    def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        vocab: dict[str, int],
-        merges: Sequence[tuple[str, str]],
-        first_crossing: int,
-        punctuation: str,
-    ):
-        """Use `for_tokenizer`, which checks the conditions."""
-        self._plain = tokenizer
-        self._always_matched = [
-            token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special
-        ]
-        glue = _BEYOND_ASCII if punctuation == _PUNCTUATION else "'" + _BEYOND_ASCII
-        self._pieces = _pieces(punctuation, glue)
-        below = {token for token in vocab if len(token) == 1} | {
-            left + right for left, right in merges[:first_crossing]
-        }
-        # The library wants ids without gaps; these are renumbered in the order of the vocabulary's.
-        names = sorted(below, key=vocab.__getitem__)
-        self._inside = tokenizers.Tokenizer(
-            models.BPE(vocab={name: place for place, name in enumerate(names)}, merges=merges[:first_crossing])
-        )
-        self._inside.pre_tokenizer = superword_rules()
-        self._characters = [chr(FIRST_PRIVATE + place) for place in range(len(names))]
-        private = dict(zip(names, self._characters, strict=True))
-        across = []
-        for left, right in merges[first_crossing:]:
-            across.append((private[left], private[right]))
-            private[left + right] = private[left] + private[right]
-        self._barrier_id = max(vocab.values()) + 1
-        self._barrier = chr(FIRST_PRIVATE + len(names))
-        private_vocab = {private[token]: number for token, number in vocab.items()} | {self._barrier: self._barrier_id}
-        self._across = tokenizers.Tokenizer(models.BPE(vocab=private_vocab, merges=across))
-        self._memory = _Memory(self)
+    def __init__(self, tables: SuperwordTables):
+        self._tables = tables
+        self._lock = threading.Lock()
+        self._memory = PieceMemory()
+        self._forget()
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 of shape [tokens]."""
-        results: list[np.ndarray | None] = [None] * len(texts)
-        plain: list[int] = []
-        short: list[int] = []
-        pieces_of: list[list[str]] = []
-        for place, text in enumerate(texts):
-            pieces = self._pieces.findall(text)
-            if len(pieces) * SHORT_PIECES < len(text) or any(token in text for token in self._always_matched):
-                plain.append(place)
-            else:
-                short.append(place)
-                pieces_of.append(pieces)
+    def __reduce__(self) -> tuple[type["SuperwordEncoder"], tuple[SuperwordTables]]:
+        return SuperwordEncoder, (self._tables,)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | None]:
+        """Ids of each text, int32 of shape [tokens]; None for those that are left to the tokenizer: in scripts without spaces and
+        ASCII punctuation, with digits beyond ASCII, with tokens that are found before any merging, or longer than `SLICE_BYTES`.
+        """
+        results: list[np.ndarray | None] = []
+        held: list[bytes] = []
+        size = 0
+        with self._lock:
+            for raw in map(str.encode, texts):
+                if size + len(raw) > SLICE_BYTES:
+                    results += self._encode_slice(held)
+                    held, size = [], 0
+                if len(raw) > SLICE_BYTES:
+                    results.append(None)
+                else:
+                    held.append(raw)
+                    size += len(raw)
+            return results + self._encode_slice(held)
+
+    def _encode_slice(self, texts: list[bytes]) -> list[np.ndarray | None]:
         if len(self._memory) > MEMORY_PIECES:
-            self._memory.clear()
-        self._learn(pieces_of)
-        rewritten = ["".join(map(self._memory.__getitem__, pieces)) for pieces in pieces_of]
-        encodings = self._across.encode_batch_fast(rewritten, add_special_tokens=False)
-        for place, string, encoding in zip(short, rewritten, encodings, strict=True):
-            ids = np.array(encoding.ids, dtype=np.int32)
-            results[place] = ids[ids != self._barrier_id] if self._barrier in string else ids
-        encodings = self._plain.encode_batch_fast([texts[place] for place in plain], add_special_tokens=False)
-        for place, encoding in zip(plain, encodings, strict=True):
-            results[place] = np.array(encoding.ids, dtype=np.int32)
-        return [ids for ids in results if ids is not None]
+            self._forget()
+        text_bounds = np.zeros(len(texts) + 1, dtype=np.int64)
+        np.cumsum([len(text) for text in texts], out=text_bounds[1:])
+        raw = b"".join([*texts, bytes(SHORT_BYTES + 1)])
+        piece_bounds = self._piece_bounds(raw, text_bounds)
+        tokens, token_bounds = self._memory.ids(self._numbers(raw, piece_bounds))
+        bounds = token_bounds[np.searchsorted(piece_bounds, text_bounds)]
+        special = np.flatnonzero(tokens.view(np.uint32) >= CUT_BEFORE)  # REFUSED is above it, too.
+        refused, apart = special[tokens[special] == REFUSED], special[tokens[special] != REFUSED]
+        tokens[refused] = 0
+        tokens[apart] -= CUT_BEFORE
+        alive, long_runs = self._join(tokens, np.concatenate([bounds, apart]))
+        left_out = np.searchsorted(bounds, np.concatenate([refused, long_runs]), side="right") - 1
+        others = set(left_out.tolist())
+        if any(token in raw for token in self._tables.always_matched):
+            others |= {i for i, text in enumerate(texts) if any(token in text for token in self._tables.always_matched)}
+        ids = tokens[alive]
+        bounds = (bounds - np.searchsorted(np.flatnonzero(~alive), bounds)).tolist()
+        return [None if i in others else ids[bounds[i] : bounds[i + 1]] for i in range(len(texts))]
 
-    def _learn(self, pieces_of: Sequence[Sequence[str]]) -> None:
-        """Put new pieces into the memory, many at a time: one by one, the calls would cost more than the merges."""
-        new = [piece for piece in set().union(*pieces_of) if piece not in self._memory]
-        plain = [piece for piece in new if len(piece) <= LONGEST_REMEMBERED and piece.isascii()]
-        encodings = self._inside.encode_batch_fast(plain, add_special_tokens=False)
-        for piece, encoding in zip(plain, encodings, strict=True):
-            self._memory[piece] = "".join(map(self._characters.__getitem__, encoding.ids))
+    def _piece_bounds(self, raw: bytes, text_bounds: np.ndarray) -> np.ndarray:
+        """[pieces + 1] places at which the text is cut."""
+        size = int(text_bounds[-1])
+        before = np.frombuffer(raw.translate(self._tables.cut_before), dtype=np.uint8)
+        after = np.frombuffer(raw.translate(self._tables.cut_after), dtype=np.uint8)
+        cut = np.zeros(size + 1, dtype=bool)
+        if size:
+            np.not_equal(before[: size - 1] & after[1:size], 0, out=cut[1:-1])
+        cut[text_bounds] = True
+        return np.flatnonzero(cut)
 
-    def rewrite(self, piece: str) -> str:
-        """The tokens of a piece after the merges below T, as private characters."""
-        encoding = self._inside.encode(piece, add_special_tokens=False)
-        # Digits beyond ASCII are cut off inside the piece. Their bytes are those of other characters, too, so that a merge
-        # across the cut has to be kept from happening.
-        parts: list[list[str]] = [[]]
-        previous = 0
-        for number, word in zip(encoding.ids, encoding.word_ids, strict=True):
-            if word != previous:
-                parts.append([])
-                previous = word
-            parts[-1].append(self._characters[number])
-        return self._barrier.join(map("".join, parts))
+    def _numbers(self, raw: bytes, bounds: np.ndarray) -> np.ndarray:
+        """[pieces] number of each in the memory, where the new ones are put."""
+        starts, sizes = bounds[:-1], np.diff(bounds)
+        keys = short_keys(np.frombuffer(raw, dtype=np.uint8), starts, np.minimum(sizes, SHORT_BYTES))
+        numbers = self._memory.find(keys)
+        long = np.flatnonzero(sizes > SHORT_BYTES)
+        numbers[long] = self._refused_number
+        new = np.flatnonzero(numbers < 0)
+        numbers[new], examples = self._memory.add(keys[:, new])
+        learned = new[examples].tolist()
+        for place in long[sizes[long] <= LONGEST_PIECE].tolist():
+            piece = raw[bounds[place] : bounds[place + 1]]
+            number = self._memory.long.get(piece)
+            if number is None:
+                number = self._memory.add_long(piece)
+                learned.append(place)
+            numbers[place] = number
+        if learned:
+            self._memory.set_ids(*self._merge_inside(raw, starts[learned], sizes[learned]))
+        return numbers
+
+    def _merge_inside(self, raw: bytes, starts: np.ndarray, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of pieces after the merges below T, one after another, and how many each has."""
+        firsts = np.cumsum(sizes) - sizes
+        places = np.arange(int(sizes.sum()))
+        text = np.frombuffer(raw, dtype=np.uint8)[np.repeat(starts - firsts, sizes) + places]
+        # A piece of ASCII with a digit consists of digits: groups of three from its end.
+        cut = (text >= ord("0")) & (text <= ord("9")) & ((np.repeat(firsts + sizes, sizes) - places) % 3 == 0)
+        cut[firsts] = True
+        refused, apart = [], []
+        for number in np.flatnonzero(np.maximum.reduceat(text, firsts) >= 0x80).tolist():
+            piece = raw[starts[number] : starts[number] + sizes[number]]
+            first = int(firsts[number])
+            cut[first + 1 : first + len(piece)] = False
+            if _may_be_number_beyond_ascii(piece.decode()):
+                refused.append(first)
+            else:
+                apart += [first + group.start() for group in _DIGIT_GROUPS.finditer(piece) if group.start()]
+        cut[apart] = True
+        ids = self._tables.byte_ids[text]
+        alive = self._tables.merges.merge(ids, np.flatnonzero(cut), 0, self._tables.first_crossing)
+        ids[apart] += CUT_BEFORE
+        ids[refused] = REFUSED
+        return ids[alive], np.add.reduceat(alive, firsts, dtype=np.int64)
+
+    def _join(self, tokens: np.ndarray, apart: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The merges from T on, in place, none between a token of `apart` and the one before it: which tokens are left, and where
+        runs begin that are too long to be taken.
+        """
+        alive = np.ones(len(tokens), dtype=bool)
+        joined = np.zeros(len(tokens) + 1, dtype=bool)  # To the token before.
+        joined[1:-1] = self._tables.may_join[join_places(tokens[:-1], tokens[1:])]
+        joined[apart] = False
+        in_run = joined[:-1] | joined[1:]
+        starts = np.flatnonzero(in_run & ~joined[:-1])
+        sizes = np.flatnonzero(in_run & ~joined[1:]) + 1 - starts
+        long = sizes > LONGEST_RUN
+        for start, size in zip(starts[long].tolist(), sizes[long].tolist(), strict=True):
+            in_run[start : start + size] = False
+        runs, sizes = tokens[in_run], sizes[~long]
+        alive[in_run] = self._tables.merges.merge(runs, np.cumsum(sizes) - sizes, self._tables.first_crossing, MOST_IDS)
+        tokens[in_run] = runs
+        return alive, starts[long]
+
+    def _forget(self) -> None:
+        self._memory.clear()
+        self._refused_number = self._memory.add_long(b"")
+        self._memory.set_ids(np.array([REFUSED]), np.array([1]))
 
 
-class _Memory(dict[str, str]):
-    """Pieces and what they are rewritten to, filled as they are asked for."""
+def _may_be_number_beyond_ascii(piece: str) -> bool:
+    """Whether the pre-tokenizer may cut a piece elsewhere than beside ASCII digits.
 
-    def __init__(self, encoder: SuperwordEncoder):
-        super().__init__()
-        self._encoder = encoder
-
-    def __missing__(self, piece: str) -> str:
-        rewritten = self._encoder.rewrite(piece)
-        if len(piece) <= LONGEST_REMEMBERED:
-            self[piece] = rewritten
-        return rewritten
-
-
-def _first_crossing(contents: Sequence[bytes], borders: re.Pattern[bytes]) -> int:
-    return next((rank for rank, content in enumerate(contents) if borders.search(content)), len(contents))
+    Characters that Python's Unicode tables do not know may be digits in the library's.
+    """
+    return any(
+        unicodedata.category(character) in ("Nd", "Nl", "No", "Cn") for character in piece if character >= "\x80"
+    )

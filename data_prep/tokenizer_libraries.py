@@ -60,6 +60,10 @@ class Library(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
 
+    def bulk_encoder(self) -> SuperwordEncoder | None: ...
+
+    def use_bulk_encoder(self, encoder: SuperwordEncoder | None) -> None: ...
+
     def decode(self, ids: list[int]) -> str: ...
 
     def token_to_id(self, token: str) -> int | None: ...
@@ -109,7 +113,7 @@ class TokenizersLibrary:
         if self._encoded_chars <= BULK_CHARS:
             self._encoded_chars += sum(map(len, texts))
             if self._encoded_chars > BULK_CHARS:
-                self._bulk_encoder = SuperwordEncoder.for_tokenizer(self._tokenizer)
+                self.bulk_encoder()
         long = {place for place, text in enumerate(texts) if len(text) > 2 * SPAN_CHARS}
         if not long or self._long_texts is None:
             return self._encode_whole(texts)
@@ -123,11 +127,24 @@ class TokenizersLibrary:
     def _long_texts(self) -> LongTextEncoder | None:
         return LongTextEncoder.for_tokenizer(self._tokenizer)
 
+    def bulk_encoder(self) -> SuperwordEncoder | None:
+        """The faster way to the same ids, which is used from now on; None if there is none for this tokenizer."""
+        if self._bulk_encoder is None:
+            self.use_bulk_encoder(SuperwordEncoder.for_tokenizer(self._tokenizer))
+        return self._bulk_encoder
+
+    def use_bulk_encoder(self, encoder: SuperwordEncoder | None) -> None:
+        """Take over what `bulk_encoder` gave for the same tokenizer, in another process perhaps."""
+        self._bulk_encoder = encoder
+        self._encoded_chars = BULK_CHARS + 1
+
     def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
-        if self._bulk_encoder is not None:
-            return self._bulk_encoder.encode_batch(texts)
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        results = [None] * len(texts) if self._bulk_encoder is None else self._bulk_encoder.encode_batch(texts)
+        others = [place for place, ids in enumerate(results) if ids is None]
+        encodings = self._tokenizer.encode_batch_fast([texts[place] for place in others], add_special_tokens=False)
+        for place, encoding in zip(others, encodings, strict=True):
+            results[place] = np.array(encoding.ids, dtype=np.int32)
+        return results
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
@@ -172,6 +189,12 @@ class SentencePieceLibrary:
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array(ids, dtype=np.int32) for ids in self._processor.encode(texts, out_type=int)]
+
+    def bulk_encoder(self) -> None:
+        return None
+
+    def use_bulk_encoder(self, encoder: SuperwordEncoder | None) -> None:
+        assert encoder is None, "there is no faster way for sentencepiece"
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)

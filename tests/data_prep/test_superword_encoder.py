@@ -1,8 +1,10 @@
 """The faster encoder gives the ids of the plain one, for any text and any tokenizer that it accepts."""
 
+import copy
 import json
 import random
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -14,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
-from data_prep import superword_encoder, tokenizer_libraries
+from data_prep import superword_encoder, superword_tables, tokenizer_libraries
 from data_prep.superbpe import build_superbpe
 from data_prep.superword_encoder import SuperwordEncoder
 from data_prep.tokenizer import Tokenizer
@@ -63,6 +65,11 @@ def made(tokenizer: tokenizers.Tokenizer) -> SuperwordEncoder:
     return encoder
 
 
+def taken(encoder: SuperwordEncoder, texts: list[str]) -> list[str]:
+    """Texts that are not left to the tokenizer."""
+    return [text for text, ids in zip(texts, encoder.encode_batch(texts), strict=True) if ids is not None]
+
+
 @pytest.fixture(scope="module")
 def trained() -> tokenizers.Tokenizer:
     return train_superbpe(lambda: iter(DOCUMENTS), 4000, 2500, [EOS])
@@ -70,14 +77,16 @@ def trained() -> tokenizers.Tokenizer:
 
 def assert_same(tokenizer: tokenizers.Tokenizer, encoder: SuperwordEncoder, texts: list[str]) -> None:
     for text, fast, plain in zip(texts, encoder.encode_batch(texts), plain_ids(tokenizer, texts), strict=True):
-        assert fast.dtype == np.int32
-        assert fast.tolist() == plain, text
+        if fast is not None:
+            assert fast.dtype == np.int32
+            assert fast.tolist() == plain, text
 
 
 def test_real_text(trained):
     encoder = made(trained)
     assert_same(trained, encoder, DOCUMENTS)
     assert_same(trained, encoder, DOCUMENTS)
+    assert taken(encoder, DOCUMENTS) == DOCUMENTS
 
 
 def test_any_text(trained):
@@ -95,13 +104,16 @@ def test_any_text(trained):
 @pytest.mark.parametrize("seed", range(6))
 def test_tokenizers_whose_merges_cross_everything(seed, monkeypatch):
     """Text without any order gives merges that cross each border early. ASCII digits stay out of it: their merges come late."""
-    monkeypatch.setattr(superword_encoder, "LEAST_SHARE", 0)
+    monkeypatch.setattr(superword_tables, "LEAST_SHARE", 0)
     generator = random.Random(seed)
     texts = ["".join(generator.choices(re.sub("[0-9]", "", AWKWARD), k=3000)) for _ in range(5)]
     tokenizer = train_superbpe(lambda: iter(texts), 900, 500, [EOS], 3, cross_newline=True, cross_colon=True)
     encoder = made(tokenizer)
     assert_same(tokenizer, encoder, texts)
     assert_same(tokenizer, encoder, ["".join(generator.choices(AWKWARD, k=40)) for _ in range(300)])
+    few = ["".join(generator.choices("aB e'.,_(\n 013\u00e9\u2019", k=12)) for _ in range(300)]
+    assert_same(tokenizer, encoder, few)
+    assert len(taken(encoder, few)) > 250
 
 
 @needs_released
@@ -113,7 +125,9 @@ def test_released(name):
         table = pq.read_table(file)
         for column in table.column_names:
             if column not in ("url", "timestamp"):
-                assert_same(tokenizer, encoder, table[column].to_pylist())
+                texts = table[column].to_pylist()
+                assert_same(tokenizer, encoder, texts)
+                assert len(taken(encoder, texts)) > 0.99 * len(texts)
 
     @settings(max_examples=100, deadline=None)
     @given(st.lists(any_text, max_size=4))
@@ -130,6 +144,52 @@ def test_released(name):
 def test_long_runs(trained, unit):
     text = unit * 20_000
     assert_same(trained, made(trained), [text, text + "\u00e9"])
+
+
+def test_numbers_are_cut_as_the_pre_tokenizer_cuts_them(trained):
+    """Groups of three from the end, and apart from all else, also beside characters of several bytes."""
+    texts = [
+        "1234567",
+        "x12345y",
+        "\u00a31234",
+        "1930\u2019s",
+        "9\u201311",
+        "\u20ac12345\u20136,789.1011",
+        "caf\u00e9 2019\u201d.",
+        "7" * 300,
+    ]
+    encoder = made(trained)
+    assert_same(trained, encoder, texts)
+    assert taken(encoder, texts) == texts[:-1]
+
+
+def test_what_is_left_to_the_tokenizer(trained):
+    encoder = made(trained)
+    long = "of the " * (superword_encoder.SLICE_BYTES // 7 + 1)
+    texts = ["1\u00bd", "m\u00b2 of", "\u0663", "\u4f60\u597d" * 200, long]
+    assert taken(encoder, ["", *texts, "and the rest"]) == ["", "and the rest"]
+
+
+def test_slices_and_one_text_at_a_time_are_the_same(trained, monkeypatch):
+    monkeypatch.setattr(superword_encoder, "SLICE_BYTES", 30_000)
+    encoder = made(trained)
+    assert_same(trained, encoder, DOCUMENTS)
+    for text in DOCUMENTS[:20]:
+        assert_same(trained, encoder, [text])
+
+
+def test_a_copy_as_another_process_gets_it(trained):
+    encoder = made(trained)
+    encoder.encode_batch(DOCUMENTS[:10])
+    assert_same(trained, copy.deepcopy(encoder), DOCUMENTS)
+
+
+def test_threads_share_it(trained):
+    encoder = made(trained)
+    parts = [DOCUMENTS[start::4] for start in range(4)]
+    with ThreadPoolExecutor(4) as threads:
+        for texts, encoded in zip(parts, threads.map(encoder.encode_batch, parts), strict=True):
+            assert [ids.tolist() for ids in encoded] == plain_ids(trained, texts)
 
 
 def test_memory_starts_anew_when_full(trained, monkeypatch):

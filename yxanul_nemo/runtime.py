@@ -41,9 +41,17 @@ def resolve_layer_spec(parallel: ParallelConfig, device: str) -> str:
             raise UserError(
                 "parallel.layer_spec", "is te, but Transformer Engine is not installed", fix="Run `uv sync --extra te`."
             )
-    if parallel.layer_spec == "auto":
-        return "te" if device == "cuda" and te_version() is not None else "torch"
-    return parallel.layer_spec
+    found = parallel.layer_spec
+    if found == "auto":
+        found = "te" if device == "cuda" and te_version() is not None else "torch"
+    if parallel.context_parallel > 1 and found == "torch":
+        raise UserError(
+            "parallel.context_parallel",
+            f"is {parallel.context_parallel}, but layers are plain torch here",
+            "1, or GPUs with Transformer Engine",
+            "Ranks can share a window only in Transformer Engine's attention.",
+        )
+    return found
 
 
 def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> None:

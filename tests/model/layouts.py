@@ -26,7 +26,7 @@ def train(tensor_parallel: int, load_from: Path | None, save_to: Path | None) ->
     """Loss and gradient norm of each step; resumed runs begin at step STEPS."""
     parallel = ParallelConfig(device="cpu", layer_spec="torch", tensor_parallel=tensor_parallel)
     model = build_model(SHAPE, VOCAB, PrecisionConfig(name="fp32"), parallel, seed=5)
-    backend = CpuBackend(model, OptimConfig(lr=1e-2))
+    backend = CpuBackend(model, OptimConfig(lr=1e-2), parallel)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     if load_from is not None:
         ShardReader(load_from).load_into(backend.sharded_state())

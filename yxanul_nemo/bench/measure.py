@@ -82,7 +82,7 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
         setup_seconds=setup_seconds,
         peak_memory_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
         power_watts=statistics.fmean(watts) if watts else None,
-        uses_graph=getattr(backend, "graph", None) is not None,
+        uses_graph=getattr(backend, "uses_graph", False),
         loss_nats_per_token=record["loss_nats_per_token"],
         kernels=steps.profile() if bench.profile else None,
     )

@@ -58,4 +58,4 @@ def make_backend(model: YxanulGPT, config: RunConfig, device: str) -> Backend:
         return CudaBackend(model, config)
     from yxanul_nemo.training.cpu_backend import CpuBackend
 
-    return CpuBackend(model, config.optim, config.guards)
+    return CpuBackend(model, config.optim, config.parallel, config.guards)

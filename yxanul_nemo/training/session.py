@@ -36,6 +36,7 @@ from yxanul_nemo.training.micro_batch import fit_batch, gpu_memory_bytes
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.phases import (
     Phase,
+    check_chunks,
     check_enough_tokens,
     plan_phases,
     source_sizes,
@@ -75,6 +76,7 @@ class PhaseSession:
         self.phases = plan_phases(config.curriculum)
         check_enough_tokens(config, self.phases, self.sizes)
         self.phase: Phase = self.phases[number - 1]
+        check_chunks(self.phase, config.parallel.context_parallel)
         self.device = resolve_device(config.parallel)
         memory_bytes = gpu_memory_bytes(self.device)
         self.asked_for = config.parallel.micro_batch_tokens

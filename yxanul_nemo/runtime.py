@@ -80,6 +80,11 @@ def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device
         )
 
 
+def rank_and_processes() -> tuple[int, int]:
+    """This process's number among those that torchrun or srun has started, and how many these are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> None:
     """Join torch's and Megatron-core's process groups, once per process.
 
@@ -88,7 +93,7 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world_size = rank_and_processes()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)

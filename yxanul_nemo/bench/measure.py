@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
 from yxanul_nemo.bench.cases import Case
@@ -68,8 +69,9 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
     )
     backend = make_backend(model, config, device)
     backend.prepare(case.micro_batch_size, case.accumulation, phase.seq_len)
-    layout = BatchLayout(case.micro_batch_size, case.accumulation, data_parallel=1)
-    batches = PhaseBatches(windows, layout, 0, 0, bench.warmup_steps + bench.steps + 1)
+    layout = BatchLayout(case.micro_batch_size, case.accumulation, parallel_state.get_data_parallel_world_size())
+    rank = parallel_state.get_data_parallel_rank()
+    batches = PhaseBatches(windows, layout, rank, 0, bench.warmup_steps + bench.steps + 1)
     loader = iter(DataLoader(batches, batch_size=None, pin_memory=device == "cuda"))
     steps = Steps(config, case, backend, loader, vocab_size, device)
     steps.run(bench.warmup_steps)

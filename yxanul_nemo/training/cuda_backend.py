@@ -166,9 +166,7 @@ class CudaBackend:
             if graph is not None:
                 self.graphs[reduces] = graph
 
-    def _captured(
-        self, work: Callable[[], None], pool: tuple[int, int] | None = None
-    ) -> torch.cuda.CUDAGraph | None:
+    def _captured(self, work: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph | None:
         """A graph of `work`; if that fails, None, and all that has no graph yet is done eagerly, with the reason in the log."""
         graph = torch.cuda.CUDAGraph()
         for state in get_all_rng_states().values():

@@ -53,9 +53,7 @@ class FlatParameters:
     ):
         self.group, self.is_shared = group, is_shared and group.size() > 1
         self.params = [param for param in params if param.requires_grad]
-        self.buckets = [
-            _Bucket(of_bucket, group, self.is_shared) for of_bucket in _split(self.params, bucket_elements)
-        ]
+        self.buckets = [_Bucket(of_bucket, group, self.is_shared) for of_bucket in _split(self.params, bucket_elements)]
         self.parts = [part for bucket in self.buckets for part in bucket.parts]
         self._reduces_early = False
         for bucket in self.buckets:

@@ -5,7 +5,8 @@
 The 197M model in FP8 on random tokens. One GPU is measured first, lengths spread over both; then both GPUs in each layout, in one pair of
 processes, so that what is imported and compiled serves all of them. Steps have `--tokens-per-step` tokens in all layouts but `data,
 twice the step`, where each GPU has as many as one GPU alone. `predicted` is `stage=plan`'s simulation from the measured speed of one
-GPU and the link speeds of `conf/plan`; `sent` is the time of NCCL's kernels in one step, in which a rank also waits for the other. A layout that fails or takes too long is a line in the table; figures so far are kept.
+GPU and the link speeds of `conf/plan`; `sent` is the time of NCCL's kernels in one step, in which a rank also waits for the other.
+A layout that fails or takes too long is a line in the table or lacks one; figures so far are kept.
 """
 
 import argparse
@@ -158,7 +159,7 @@ def complete(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """All figures."""
-    shown = Table(title="yxanul_197m, fp8_hybrid: tokens/s on one and on two GPUs")
+    shown = Table(title="training step on one and on two GPUs")
     columns = ("layout", "GPUs", "seq len", "tokens/step", "micro-batch", "tokens/s", "+-", "ratio", "predicted")
     for column in (*columns, "sent, ms", "predicted", "GiB", "graph", "loss"):
         shown.add_column(column, justify="left" if column == "layout" else "right")

@@ -117,7 +117,10 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_parallel, context_parallel_size=parallel.context_parallel
+            tensor_model_parallel_size=parallel.tensor_parallel,
+            context_parallel_size=parallel.context_parallel,
+            # Its groups have a timeout of their own.
+            distributed_timeout_minutes=parallel.nccl_timeout_minutes,
         )
     torch.manual_seed(seed)
     # With the inference tracker Megatron-core's RNG forks are no-ops, as a CPU needs; there is no dropout to seed.

@@ -19,6 +19,7 @@ from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows
 from yxanul_nemo.launch.gpus import read_power_watts
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.training.agreement import any_rank
 from yxanul_nemo.training.backend import Backend, make_backend
 from yxanul_nemo.training.metrics import StepMeter
 
@@ -120,6 +121,8 @@ class Steps:
         on_gpu = self.device == "cuda"
         activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
         with torch.profiler.profile(activities=[activity]) as profiler:
+            # A rank whose profiler is ready first would wait in a kernel.
+            any_rank(False)
             self._step()
             self._synchronize()
         rows = [

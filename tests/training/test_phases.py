@@ -101,7 +101,7 @@ def test_impossible_selection_of_phases(selection: str | int) -> None:
 
 
 def test_windows_too_short_to_be_shared_are_refused() -> None:
-    short, odd, long = plan_phases(curriculum((1024, 256, 256), (1030, 515, 515), (1024, 512, 512)))
+    short, long, odd = plan_phases(curriculum((1024, 256, 256), (1024, 512, 512), (1030, 515, 515)))
     check_chunks(long, 2)
     check_chunks(short, 1)
     for phase, ranks in ((short, 2), (odd, 2), (long, 4)):

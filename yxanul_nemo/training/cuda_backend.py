@@ -156,9 +156,12 @@ class CudaBackend:
         It is done at the first step and not before: whoever empties the allocator's cache in between (Lightning does at the
         start of fit) must not meet memory that a graph refers to.
         """
-        # Ranks' links for these are made when they are first used, which cannot be recorded. The gradients are zeroed next.
-        self.flat.reduce_grads()
-        self.flat.publish()
+        # What is made at its first use, such as ranks' links, cannot be recorded. An update whose loss is no number changes nothing, and
+        # the gradients, left over from warming up, are zeroed next.
+        self.loss.fill_(float("nan"))
+        if self.overlaps:
+            self.flat.reduce_grads()
+        self._reduce_and_update()
         for reduces in (False, True) if self.overlaps and accumulates else (self.overlaps,):
             # They never run at once and leave nothing in their memory.
             pool = next((other.pool() for other in self.graphs.values()), None)

@@ -79,7 +79,7 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
     setup_seconds = time.perf_counter() - began
     with power_readings(device) as watts:
         step_seconds, record = steps.run(bench.steps)
-    return Result(
+    result = Result(
         step_seconds=step_seconds,
         data_wait_share=record["data_wait_share"],
         setup_seconds=setup_seconds,
@@ -89,6 +89,8 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
         loss_nats_per_token=record["loss_nats_per_token"],
         kernels=steps.profile() if bench.profile else None,
     )
+    backend.close()
+    return result
 
 
 class Steps:

@@ -69,3 +69,6 @@ class CpuBackend:
     def after_load(self) -> None:
         """Bring what is derived from the loaded state in line with it."""
         self.optimizer.after_load()
+
+    def close(self) -> None:
+        """A CPU holds on to nothing."""

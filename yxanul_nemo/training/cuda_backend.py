@@ -107,6 +107,14 @@ class CudaBackend:
         """Bring what is derived from the loaded state in line with it."""
         self.optimizer.after_load()
 
+    def close(self) -> None:
+        """Give the graphs back: NCCL waits, when ranks part, for those that it is part of."""
+        torch.cuda.synchronize()
+        for graph in (*self.graphs.values(), self.update_graph):
+            if graph is not None:
+                graph.reset()
+        self.graphs, self.update_graph = {}, None
+
     def _forward_backward(self, reduces: bool = False) -> None:
         if reduces:
             self.flat.reduce_early()

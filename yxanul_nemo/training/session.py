@@ -107,6 +107,12 @@ class PhaseSession:
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end of the phase and validate; True if all of that is done, False if stopped on request."""
+        done = self._run(stop)
+        # Not after an error: other ranks may never come to where this one waits for them.
+        self.backend.close()
+        return done
+
+    def _run(self, stop: StopRequest) -> bool:
         first_step = self.ledger.phase_tokens // self.phase.tokens_per_step
         saver: CheckpointSaver | None = None
         if first_step < self.phase.steps:

@@ -12,14 +12,19 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["yxanul_nemo.training.session"])
 
 
-def run_ranks(function: Callable[..., Any], ranks: int, *arguments: object) -> list[Any]:
-    """Results of `function(*arguments)` on each of `ranks` processes joined by gloo; an exception in one fails the test."""
+def run_ranks(function: Callable[..., Any], ranks: int, *arguments: object, on_gpus: bool = False) -> list[Any]:
+    """Results of `function(*arguments)` on each of `ranks` processes of one group; an exception in one fails the test.
+
+    Args:
+        on_gpus: start processes from nothing, because the driver does not survive a fork.
+    """
+    context = multiprocessing.get_context("spawn") if on_gpus else CONTEXT
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     processes, pipes = [], []
     for rank in range(ranks):
-        receiver, sender = CONTEXT.Pipe(duplex=False)
+        receiver, sender = context.Pipe(duplex=False)
         environment = {
             "RANK": rank,
             "WORLD_SIZE": ranks,
@@ -27,7 +32,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *arguments: object) -> l
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        process = CONTEXT.Process(target=_rank, args=(environment, sender, function, arguments))
+        process = context.Process(target=_rank, args=(environment, sender, function, arguments))
         process.start()
         sender.close()
         processes.append(process)

@@ -41,9 +41,17 @@ def resolve_layer_spec(parallel: ParallelConfig, device: str) -> str:
             raise UserError(
                 "parallel.layer_spec", "is te, but Transformer Engine is not installed", fix="Run `uv sync --extra te`."
             )
-    if parallel.layer_spec == "auto":
-        return "te" if device == "cuda" and te_version() is not None else "torch"
-    return parallel.layer_spec
+    found = parallel.layer_spec
+    if found == "auto":
+        found = "te" if device == "cuda" and te_version() is not None else "torch"
+    if parallel.context_parallel > 1 and found == "torch":
+        raise UserError(
+            "parallel.context_parallel",
+            f"is {parallel.context_parallel}, but layers are plain torch here",
+            "1, or GPUs with Transformer Engine",
+            "Ranks can share a window only in Transformer Engine's attention.",
+        )
+    return found
 
 
 def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> None:
@@ -72,6 +80,11 @@ def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device
         )
 
 
+def rank_and_processes() -> tuple[int, int]:
+    """This process's number among those that torchrun or srun has started, and how many these are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> None:
     """Join torch's and Megatron-core's process groups, once per process.
 
@@ -83,7 +96,7 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
     if parallel.deterministic:
         # Transformer Engine's switch (dot_product_attention), which Megatron-core's deterministic_mode asks for.
         os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    _, world_size = rank_and_processes()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
@@ -107,7 +120,10 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
         )
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor_parallel, context_parallel_size=parallel.context_parallel
+            tensor_model_parallel_size=parallel.tensor_parallel,
+            context_parallel_size=parallel.context_parallel,
+            # Its groups have a timeout of their own.
+            distributed_timeout_minutes=parallel.nccl_timeout_minutes,
         )
     torch.manual_seed(seed)
     # With the inference tracker Megatron-core's RNG forks are no-ops, as a CPU needs; there is no dropout to seed.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import run_ranks
 from yxanul_nemo.bench.cases import bench_cases
 from yxanul_nemo.bench.stage import run_bench_stage
 from yxanul_nemo.config.load import compose, parse
@@ -55,6 +56,20 @@ def test_the_figures_are_those_of_training_steps(
         assert case["kernels"][0]["seconds"] > 0
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_processes_of_torchrun_share_the_steps(
+    prepared: Path, make_config: Callable[..., RunConfig], tmp_path: Path
+) -> None:
+    asked = ("bench.seq_len=[16]", "bench.tokens_per_step=512", "bench.steps=2", "bench.warmup_steps=1")
+    config = make_config(f"run.dir={tmp_path}", f"data.dir={prepared / 'data'}", *asked)
+    assert run_ranks(run_bench_stage, 2, config) == [True, True]
+    (path,) = (tmp_path / "bench").glob("*.json")
+    report = json.loads(path.read_text())
+    assert report["processes"] == 2
+    (case,) = report["cases"]
+    assert 16 * case["micro_batch_size"] * case["accumulation"] * 2 == case["tokens_per_step"] == 512
+    assert case["tokens_per_second"] == pytest.approx(512 / case["step_seconds_median"])
 
 
 def test_without_a_corpus_random_tokens_are_used_and_said(

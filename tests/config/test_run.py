@@ -4,6 +4,7 @@ import pytest
 
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.runtime import resolve_layer_spec
 
 THREE = ["recipe=yxanul_197m_h100"]
 
@@ -58,3 +59,15 @@ def test_a_broken_rule_is_named(overrides: list[str], words: list[str]) -> None:
 )
 def test_what_keeps_the_rules_passes(overrides: list[str]) -> None:
     parse(compose(THREE + overrides))
+
+
+@pytest.mark.parametrize("where", ["parallel.device=cpu", "parallel.layer_spec=torch"])
+def test_a_window_is_shared_on_gpus_with_transformer_engine_only(where: str) -> None:
+    with pytest.raises(UserError, match="context_parallel=2 with"):
+        parse(compose([*THREE, "parallel.context_parallel=2", where]))
+
+
+def test_without_transformer_engine_a_window_is_not_shared_where_it_is_found_to_be_missing() -> None:
+    parallel = parse(compose([*THREE, "parallel.context_parallel=2"])).parallel
+    with pytest.raises(UserError, match=r"parallel\.context_parallel: is 2"):
+        resolve_layer_spec(parallel, "cpu")

@@ -54,8 +54,10 @@ def test_one_gpu_is_the_plan_for_one_and_eight_are_the_plan_for_eight(tmp_path: 
     assert json.loads(json.dumps(plan.to_json()))["scaling"][-1]["gpus"] == 8
 
 
-def test_a_step_is_computing_and_one_reduction_of_fp32_gradients(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shared", "gradients_sent"), [("false", 1.0), ("auto", 0.75)])
+def test_a_step_is_computing_and_what_ranks_send_after_it(tmp_path: Path, shared: str, gradients_sent: float) -> None:
     overrides = (
+        f"parallel.distributed_optimizer={shared}",
         "recipe=yxanul_197m_fixed_2048",
         "precision=fp8_hybrid",
         "parallel.micro_batch_tokens=32768",
@@ -64,7 +66,8 @@ def test_a_step_is_computing_and_one_reduction_of_fp32_gradients(tmp_path: Path)
     plan = plan_of(tmp_path, *overrides, "curriculum.phases.0.tokens_per_step=131072", "plan.scale_to=2")
     (phase,) = plan.scaling[1].phases
     # 329,000 tokens/s on one H200 at 2048 with 32,768-token micro-batches (measured 2026-11-23); two of them for each rank.
-    computing, reduction = 65_536 / 329e3, GRADIENTS_BYTES / 360e9 + 8e-6
+    # All-reduced, or scattered and then gathered with half the bytes: each way half of them leave a GPU.
+    computing, reduction = 65_536 / 329e3, gradients_sent * GRADIENTS_BYTES / 360e9 + 8e-6
     assert phase.step_seconds == pytest.approx(computing + reduction, rel=1e-3)
     assert phase.communication_share == pytest.approx(reduction / (computing + reduction), rel=1e-2)
     assert phase.efficiency == pytest.approx(computing / (computing + reduction), rel=1e-3)
@@ -78,7 +81,12 @@ def test_more_gpus_cost_efficiency_that_larger_steps_and_overlap_give_back(tmp_p
     assert efficiencies == sorted(efficiencies, reverse=True) and efficiencies[-1] < 0.1
     assert all(run.full_efficiency > run.efficiency for run in runs) and runs[-1].full_efficiency > 0.9
     hidden = plan_of(tmp_path, "plan.scale_to=1024", "plan.overlap=1").scaling
-    assert all(run.communication_share == 0 for run in hidden)
+    assert all(0 < h.communication_share < r.communication_share for h, r in zip(hidden[1:], runs[1:], strict=True))
+    unshared = "parallel.distributed_optimizer=false"
+    assert all(
+        run.communication_share == 0
+        for run in plan_of(tmp_path, "plan.scale_to=1024", "plan.overlap=1", unshared).scaling
+    )
     slow = plan_of(tmp_path, "plan.scale_to=1024", "plan.network_gb_per_second=3").scaling
     assert slow[3].total_seconds == pytest.approx(runs[3].total_seconds), "one node has no network in it"
     assert slow[-1].communication_share > runs[-1].communication_share

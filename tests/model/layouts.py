@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from safetensors import safe_open
 
 from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
 from yxanul_nemo.config.model import ModelConfig
@@ -22,11 +23,11 @@ GRAD_CLIP = 0.05
 """Low enough that every step is clipped, so that the norm over ranks matters."""
 
 
-def train(tensor_parallel: int, load_from: Path | None, save_to: Path | None) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step; resumed runs begin at step STEPS."""
-    parallel = ParallelConfig(device="cpu", layer_spec="torch", tensor_parallel=tensor_parallel)
+def train(options: dict[str, object], load_from: Path | None, save_to: Path | None) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step with `options` of ParallelConfig; resumed runs begin at step STEPS."""
+    parallel = ParallelConfig(device="cpu", layer_spec="torch", **options)
     model = build_model(SHAPE, VOCAB, PrecisionConfig(name="fp32"), parallel, seed=5)
-    backend = CpuBackend(model, OptimConfig(lr=1e-2))
+    backend = CpuBackend(model, OptimConfig(lr=1e-2), parallel)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     if load_from is not None:
         ShardReader(load_from).load_into(backend.sharded_state())
@@ -45,6 +46,21 @@ def train(tensor_parallel: int, load_from: Path | None, save_to: Path | None) ->
         dist.barrier()
         save_shards(backend.sharded_state(), save_to, dist.get_rank())
     return record
+
+
+def whole_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """Of a checkpoint, by name; every value is written once."""
+    tensors = {}
+    for key, pieces in ShardReader(folder).pieces.items():
+        whole, written = np.zeros(pieces[0].global_shape), np.zeros(pieces[0].global_shape, dtype=int)
+        for piece in pieces:
+            here = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.shape, strict=True))
+            with safe_open(piece.file, framework="np") as handle:
+                whole[here] = handle.get_tensor(piece.name)
+            written[here] += 1
+        assert (written == 1).all(), key
+        tensors[key] = whole
+    return tensors
 
 
 def logits_and_gradients(tensor_parallel: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,11 +5,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.model.layouts import logits_and_gradients, train
+from tests.model.layouts import logits_and_gradients, train, whole_tensors
 from tests.ranks import run_ranks
 
-LAYOUTS = {"one": (1, 1), "data_2": (2, 1), "tensor_2": (2, 2), "data_4": (4, 1), "data_2_tensor_2": (4, 2)}
-SAVED = ("one", "data_2", "tensor_2", "data_2_tensor_2")
+LAYOUTS = {
+    "one": (1, {}),
+    "data_2": (2, {}),
+    "data_2_overlapping": (2, {"overlap_gradients": True}),
+    "data_2_unshared": (2, {"distributed_optimizer": False}),
+    "tensor_2": (2, {"tensor_parallel": 2}),
+    "data_4": (4, {}),
+    "data_2_tensor_2": (4, {"tensor_parallel": 2}),
+}
+"""Processes, and what differs from the default, where data-parallel ranks share out the optimizer's state."""
+SAVED = ("one", "data_2", "data_2_overlapping", "data_2_unshared", "tensor_2", "data_2_tensor_2")
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +31,33 @@ def records(folder: Path) -> dict[str, list[tuple[float, float]]]:
     return {name: run_ranks(train, *LAYOUTS[name], None, folder / name)[0] for name in SAVED}
 
 
+@pytest.fixture(scope="module")
+def gone_on(records: dict, folder: Path) -> list[tuple[float, float]]:
+    return run_ranks(train, 1, {}, folder / "one", None)[0]
+
+
 @pytest.mark.parametrize("layout", SAVED[1:])
 def test_losses_and_gradient_norms_equal_those_of_one_process(records: dict, layout: str) -> None:
     for (loss, norm), (expected_loss, expected_norm) in zip(records[layout], records["one"], strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", SAVED[1:])
+def test_weights_and_moments_equal_those_of_one_process(records: dict, folder: Path, layout: str) -> None:
+    found, expected = whole_tensors(folder / layout), whole_tensors(folder / "one")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        tolerance = 1e-4 * max(np.abs(tensor).max(), 1e-12)
+        np.testing.assert_allclose(found[name], tensor, rtol=1e-3, atol=tolerance, err_msg=name)
+
+
+def test_ranks_that_share_out_the_optimizer_write_about_as_much_each(records: dict, folder: Path) -> None:
+    shared, unshared = (
+        [sum(file.stat().st_size for file in (folder / name).glob(f"rank_{rank:05d}*")) for rank in (0, 1)]
+        for name in ("data_2", "data_2_unshared")
+    )
+    assert max(shared) < 0.6 * sum(shared) and unshared[0] > 0.9 * sum(unshared)
 
 
 @pytest.mark.parametrize(
@@ -37,15 +68,18 @@ def test_losses_and_gradient_norms_equal_those_of_one_process(records: dict, lay
         ("data_2", "tensor_2"),
         ("data_2", "one"),
         ("data_2", "data_4"),
+        ("data_2", "data_2_unshared"),
+        ("data_2_unshared", "data_2"),
         ("tensor_2", "data_4"),
         ("data_2_tensor_2", "data_2"),
+        ("one", "data_2_tensor_2"),
     ],
 )
-def test_training_goes_on_in_another_layout(records: dict, folder: Path, source: str, target: str) -> None:
-    ranks, tensor_parallel = LAYOUTS[target]
-    expected = run_ranks(train, 1, 1, folder / "one", None)[0]
-    resumed = run_ranks(train, ranks, tensor_parallel, folder / source, None)[0]
-    for (loss, norm), (expected_loss, expected_norm) in zip(resumed, expected, strict=True):
+def test_training_goes_on_in_another_layout(
+    gone_on: list[tuple[float, float]], folder: Path, source: str, target: str
+) -> None:
+    resumed = run_ranks(train, *LAYOUTS[target], folder / source, None)[0]
+    for (loss, norm), (expected_loss, expected_norm) in zip(resumed, gone_on, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
 

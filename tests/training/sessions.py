@@ -193,19 +193,19 @@ def train_and_read_back(config: RunConfig, phases: Sequence[int]) -> list[list[t
 
 def train_with_bad_gradients(config: RunConfig, phases: Sequence[int], bad_steps: Sequence[int]) -> str:
     """`train`, with a gradient that is not a number in those steps of the run, from 0; the user's error or nothing."""
-    from yxanul_nemo.training.cpu_backend import CpuBackend
+    from yxanul_nemo.training.flat_parameters import FlatParameters
 
     steps = 0
-    reduce = CpuBackend._sum_over_data_ranks
+    reduce = FlatParameters.reduce_grads
 
-    def reduce_and_poison(backend: CpuBackend) -> None:
+    def reduce_and_poison(flat: FlatParameters) -> None:
         nonlocal steps
-        reduce(backend)
+        reduce(flat)
         if steps in bad_steps:
-            backend.optimizer.params[0].grad.view(-1)[0] = float("nan")
+            flat.parts[0].grad.view(-1)[0] = float("nan")
         steps += 1
 
-    CpuBackend._sum_over_data_ranks = reduce_and_poison
+    FlatParameters.reduce_grads = reduce_and_poison
     return refusals([config], phases)[0]
 
 
@@ -231,22 +231,22 @@ def train_and_draw(config: RunConfig, phases: Sequence[int], stop_at_tokens: int
 
 def train_with_spikes(config: RunConfig, phases: Sequence[int], spikes: Sequence[int], stop_after: int = 0) -> None:
     """`train`, with much larger gradients in those steps of this process, from 0; stopped after so many steps, 0: never."""
-    from yxanul_nemo.training.cpu_backend import CpuBackend
+    from yxanul_nemo.training.flat_parameters import FlatParameters
 
     steps = 0
-    reduce = CpuBackend._sum_over_data_ranks
+    reduce = FlatParameters.reduce_grads
 
-    def reduce_and_enlarge(backend: CpuBackend) -> None:
+    def reduce_and_enlarge(flat: FlatParameters) -> None:
         nonlocal steps
-        reduce(backend)
+        reduce(flat)
         if steps in spikes:
-            for param in backend.optimizer.params:
-                param.grad.mul_(1e4)
+            for part in flat.parts:
+                part.grad.mul_(1e4)
         steps += 1
         if steps == stop_after:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    CpuBackend._sum_over_data_ranks = reduce_and_enlarge
+    FlatParameters.reduce_grads = reduce_and_enlarge
     train(config, phases)
 
 

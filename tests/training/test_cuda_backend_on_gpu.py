@@ -5,55 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.training.gpu_steps import VOCAB, backend, config, losses, structured
 from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
 from yxanul_nemo.checkpoint.snapshot import HostSnapshot
-from yxanul_nemo.config.load import compose, parse
-from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.fp8_state import forget_fp8_state, scaling_state_kept, scaling_tensors, without_absent_scales
 from yxanul_nemo.model.sharding import sharded_tensors
 
 pytestmark = pytest.mark.gpu
-
-VOCAB = 4001
-SHAPE = (
-    "model.num_layers=4", "model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4",
-    "model.kv_groups=2", "model.head_dim=64", "model.embedding_rank=128", "model.embedding_init_std=0.1", "parallel.device=cuda",
-)  # fmt: skip
-
-
-def config(*overrides: str) -> RunConfig:
-    return parse(compose([*SHAPE, *overrides]))
-
-
-def backend(settings: RunConfig, micro_batch_size: int = 16, seq_len: int = 128):
-    from yxanul_nemo.training.backend import make_backend
-
-    model = build_model(settings.model, VOCAB, settings.precision, settings.parallel, seed=1, seq_len=seq_len)
-    made = make_backend(model, settings, settings.parallel.device)
-    made.prepare(micro_batch_size, 2, seq_len)
-    return made
-
-
-def structured(step: int, seq_len: int = 128, windows: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Something that can be learned: each token is a fixed function of the one before, with noise."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.empty(windows, seq_len + 1, dtype=torch.long)
-    tokens[:, 0] = torch.randint(0, VOCAB, (windows,), generator=generator)
-    for t in range(seq_len):
-        noise = torch.randint(0, VOCAB, (windows,), generator=generator)
-        use_noise = torch.rand(windows, generator=generator) < 0.1
-        tokens[:, t + 1] = torch.where(use_noise, noise, (tokens[:, t] * 31 + 7) % 97)
-    halves = tokens.view(2, windows // 2, seq_len + 1)
-    return halves[..., :-1].contiguous(), halves[..., 1:].contiguous()
-
-
-def losses(made, steps: range, lr: float = 1e-3, device: str = "cuda", in_bf16: bool = False) -> list[float]:
-    out = []
-    for step in steps:
-        ids, labels = structured(step)
-        out.append(float(made.train_step(ids.to(device), labels.to(device), lr, 1.0, in_bf16=in_bf16).loss))
-    return out
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
@@ -61,7 +19,7 @@ def test_graph_and_eager_train_alike(precision: str) -> None:
     eager = losses(backend(config(f"precision={precision}", "parallel.cuda_graph=false")), range(50))
     made = backend(config(f"precision={precision}"))
     graphed = losses(made, range(50))
-    assert made.graph is not None and made.update_graph is not None, "the graphs were not captured"
+    assert made.uses_graph and made.update_graph is not None, "the graphs were not captured"
     assert graphed == pytest.approx(eager, rel=2e-2)
     assert graphed[-1] < graphed[0] - 1
 
@@ -105,10 +63,10 @@ def test_the_first_steps_can_leave_fp8_out() -> None:
     expected = losses(bf16, range(20))
     found = losses(fp8, range(10), in_bf16=True)
     assert found == pytest.approx(expected[:10], rel=1e-3)
-    graph = fp8.graph
+    graphs = fp8.graphs
     fp8.calibrate(*(x.cuda() for x in structured(10)))
     rest = losses(fp8, range(10, 20))
-    assert fp8.graph is not None and fp8.graph is not graph
+    assert fp8.uses_graph and fp8.graphs is not graphs
     assert rest != expected[10:]
     assert rest == pytest.approx(expected[10:], rel=5e-2)
 

@@ -9,6 +9,7 @@ from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.training.phases import (
     batch_layout,
+    check_chunks,
     check_enough_tokens,
     plan_phases,
     selected_phases,
@@ -97,3 +98,14 @@ def test_impossible_selection_of_phases(selection: str | int) -> None:
         return
     with pytest.raises(UserError, match="phases"):
         selected_phases(selection, 3)
+
+
+def test_windows_too_short_to_be_shared_are_refused() -> None:
+    short, long, odd = plan_phases(curriculum((1024, 256, 256), (1024, 512, 512), (1030, 515, 515)))
+    check_chunks(long, 2)
+    check_chunks(short, 1)
+    for phase, ranks in ((short, 2), (odd, 2), (long, 4)):
+        with pytest.raises(
+            UserError, match=rf"phase {phase.number}: seq_len: is {phase.seq_len}, .*context_parallel={ranks}"
+        ):
+            check_chunks(phase, ranks)

@@ -8,7 +8,7 @@ from yxanul_nemo.config.curriculum import PhaseConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.training.phases import Phase, batch_layout, plan_phases
+from yxanul_nemo.training.phases import Phase, batch_layout, check_chunks, plan_phases
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Case:
     micro_batch_size: int
     """Windows of a micro-batch."""
     accumulation: int
-    """Micro-batches of a step."""
+    """Micro-batches of a step, on each data-parallel rank."""
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -34,8 +34,11 @@ class Case:
         return f"{self.precision.name} seq_len {self.phase.seq_len} micro-batch {self.micro_batch_tokens} x {self.accumulation}"
 
 
-def bench_cases(config: RunConfig) -> list[Case]:
+def bench_cases(config: RunConfig, data_parallel: int = 1) -> list[Case]:
     """Every combination that `bench` asks for, without repetitions; `parallel.micro_batch_tokens` is a number here.
+
+    Args:
+        data_parallel: ranks that share a step's windows.
 
     Raises:
         UserError: a length that the model has no positions for, or that does not fit a micro-batch.
@@ -43,8 +46,9 @@ def bench_cases(config: RunConfig) -> list[Case]:
     found: dict[tuple[int, int, str, int], Case] = {}
     for micro_batch_tokens in config.bench.micro_batch_tokens or [config.parallel.micro_batch_tokens]:
         for precision in _precisions(config):
-            for phase in _phases(config, micro_batch_tokens):
-                size, accumulation = batch_layout(phase, 1, micro_batch_tokens, precision.token_multiple)
+            for phase in _phases(config, micro_batch_tokens, data_parallel):
+                check_chunks(phase, config.parallel.context_parallel)
+                size, accumulation = batch_layout(phase, data_parallel, micro_batch_tokens, precision.token_multiple)
                 key = (phase.seq_len, phase.tokens_per_step, precision.name, size)
                 found.setdefault(key, Case(phase, precision, size, accumulation))
     return list(found.values())
@@ -58,7 +62,7 @@ def _precisions(config: RunConfig) -> Iterator[PrecisionConfig]:
         yield PrecisionConfig(**(config.precision.model_dump() | changed))
 
 
-def _phases(config: RunConfig, micro_batch_tokens: int) -> list[Phase]:
+def _phases(config: RunConfig, micro_batch_tokens: int, data_parallel: int) -> list[Phase]:
     if config.bench.seq_len is None:
         return plan_phases(config.curriculum)
     limit = min(config.model.max_position_embeddings, micro_batch_tokens)
@@ -67,7 +71,9 @@ def _phases(config: RunConfig, micro_batch_tokens: int) -> list[Phase]:
             raise UserError(
                 "bench.seq_len", f"has {seq_len}", f"1 to {limit} (positions of the model and tokens of a micro-batch)"
             )
-    lengths = [(n, _whole_step(n, micro_batch_tokens, config.bench.tokens_per_step)) for n in config.bench.seq_len]
+    asked_for = config.bench.tokens_per_step
+    of_rank = None if asked_for is None else max(1, asked_for // data_parallel)
+    lengths = [(n, data_parallel * _whole_step(n, micro_batch_tokens, of_rank)) for n in config.bench.seq_len]
     asked = [PhaseConfig(tokens=tokens, seq_len=n, tokens_per_step=tokens) for n, tokens in lengths]
     return [
         plan_phases(config.curriculum.model_copy(update={"phases": [phase], "total_tokens": None}))[0]
@@ -76,7 +82,7 @@ def _phases(config: RunConfig, micro_batch_tokens: int) -> list[Phase]:
 
 
 def _whole_step(seq_len: int, micro_batch_tokens: int, tokens_per_step: int | None) -> int:
-    """Tokens of the step that is nearest to what is asked for and consists of equal micro-batches that every precision can take."""
+    """Tokens of a rank's part of a step: nearest to what is asked for, of equal micro-batches that every precision can take."""
     unit = math.lcm(seq_len, PrecisionConfig(name="mxfp8").token_multiple)
     asked = tokens_per_step or 2 * micro_batch_tokens
     micro_batch = max(unit, min(asked, micro_batch_tokens) // unit * unit)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
 from yxanul_nemo.bench.cases import Case
@@ -18,6 +19,7 @@ from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows
 from yxanul_nemo.launch.gpus import read_power_watts
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.training.agreement import any_rank
 from yxanul_nemo.training.backend import Backend, make_backend
 from yxanul_nemo.training.metrics import StepMeter
 
@@ -68,24 +70,27 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
     )
     backend = make_backend(model, config, device)
     backend.prepare(case.micro_batch_size, case.accumulation, phase.seq_len)
-    layout = BatchLayout(case.micro_batch_size, case.accumulation, data_parallel=1)
-    batches = PhaseBatches(windows, layout, 0, 0, bench.warmup_steps + bench.steps + 1)
+    layout = BatchLayout(case.micro_batch_size, case.accumulation, parallel_state.get_data_parallel_world_size())
+    rank = parallel_state.get_data_parallel_rank()
+    batches = PhaseBatches(windows, layout, rank, 0, bench.warmup_steps + bench.steps + 1)
     loader = iter(DataLoader(batches, batch_size=None, pin_memory=device == "cuda"))
     steps = Steps(config, case, backend, loader, vocab_size, device)
     steps.run(bench.warmup_steps)
     setup_seconds = time.perf_counter() - began
     with power_readings(device) as watts:
         step_seconds, record = steps.run(bench.steps)
-    return Result(
+    result = Result(
         step_seconds=step_seconds,
         data_wait_share=record["data_wait_share"],
         setup_seconds=setup_seconds,
         peak_memory_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
         power_watts=statistics.fmean(watts) if watts else None,
-        uses_graph=getattr(backend, "graph", None) is not None,
+        uses_graph=getattr(backend, "uses_graph", False),
         loss_nats_per_token=record["loss_nats_per_token"],
         kernels=steps.profile() if bench.profile else None,
     )
+    backend.close()
+    return result
 
 
 class Steps:
@@ -118,6 +123,8 @@ class Steps:
         on_gpu = self.device == "cuda"
         activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
         with torch.profiler.profile(activities=[activity]) as profiler:
+            # A rank whose profiler is ready first would wait in a kernel.
+            any_rank(False)
             self._step()
             self._synchronize()
         rows = [

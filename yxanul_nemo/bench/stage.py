@@ -1,5 +1,9 @@
-"""`stage=bench`: time every case, show a table, and keep the figures in `run.dir/bench/`."""
+"""`stage=bench`: time every case, show a table, and keep the figures in `run.dir/bench/`.
 
+Several processes take part if torchrun starts them: `torchrun --nproc-per-node=2 launcher.py stage=bench`.
+"""
+
+import logging
 import sys
 import time
 from typing import Any
@@ -25,7 +29,7 @@ from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.model.memory import GIB, MEASURED_VOCAB_SIZE, with_micro_batch
-from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.runtime import rank_and_processes, resolve_device
 from yxanul_nemo.training.micro_batch import gpu_memory_bytes
 from yxanul_nemo.training.phases import source_sizes
 from yxanul_nemo.training.records import peak_flops_per_second
@@ -43,17 +47,32 @@ def run_bench_stage(config: RunConfig) -> bool:
     device = resolve_device(config.parallel)
     corpus = Corpus(config)
     config = with_micro_batch(config, corpus.vocab_size, gpu_memory_bytes(device))
-    cases = bench_cases(config)
-    logger.info("%d cases on %s, data: %s", len(cases), _device_name(device), corpus.description)
-    peak = peak_flops_per_second(PrecisionConfig(name="bf16"), device, devices=1)
+    rank, processes = rank_and_processes()
+    if rank:
+        logger.setLevel(logging.WARNING)
+    model_ranks = config.parallel.tensor_parallel * config.parallel.context_parallel
+    cases = bench_cases(config, max(1, processes // model_ranks))
+    logger.info("%d cases on %d x %s, data: %s", len(cases), processes, _device_name(device), corpus.description)
+    peak = peak_flops_per_second(PrecisionConfig(name="bf16"), device, devices=processes)
     rows: list[dict[str, Any]] = []
     for case in cases:
         rows.append(_describe(case) | _run(config, case, corpus, device, peak))
         _log(case, rows[-1])
+    if rank == 0:
+        _keep(config, corpus, device, processes, peak, rows)
+    return all("error" not in row for row in rows)
+
+
+def _keep(
+    config: RunConfig, corpus: "Corpus", device: str, processes: int, peak: float | None, rows: list[dict[str, Any]]
+) -> None:
+    """Write and show the figures."""
     path = config.run.dir / "bench" / time.strftime("bench-%Y%m%d-%H%M%S.json")
     report = {
         "environment": describe_environment(),
         "device": _device_name(device),
+        "processes": processes,
+        "parallel": config.parallel.model_dump(),
         "peak_bf16_flops_per_second": peak,
         "model": config.model.name,
         "vocab_size": corpus.vocab_size,
@@ -72,7 +91,6 @@ def run_bench_stage(config: RunConfig) -> bool:
         if row.get("kernels"):
             console.print(_kernel_table(row))
     console.print(f"written: {path} and .png", soft_wrap=True, markup=False)
-    return all("error" not in row for row in rows)
 
 
 class Corpus:

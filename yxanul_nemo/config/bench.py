@@ -16,7 +16,7 @@ class BenchConfig(Section):
     micro_batch_tokens: list[int] | None = Field(default=None, min_length=1)
     """Largest micro-batches in tokens; unset: the recipe's."""
     tokens_per_step: int | None = Field(default=None, ge=1)
-    """Tokens of one optimizer step where `seq_len` is set; unset: two micro-batches."""
+    """Tokens of one optimizer step where `seq_len` is set; unset: two micro-batches for each data-parallel rank."""
     steps: int = Field(default=20, ge=2)
     """Steps that are timed for each case."""
     warmup_steps: int = Field(default=4, ge=1)

@@ -6,6 +6,10 @@ from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
 
+SHORTEST_CONTEXT_CHUNK = 128
+"""Tokens. Context-parallel ranks hold two chunks of a window each, and attention goes from chunk to chunk; cuDNN's fails inside a CUDA
+graph below this length (illegal memory access; Transformer Engine 2.20, cuDNN 9.14), and there is no other that knows chunks."""
+
 PrecisionName = Literal["fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8"]
 
 
@@ -82,7 +86,12 @@ class ParallelConfig(Section):
     tensor_parallel: int = Field(default=1, ge=1)
     """Ranks that share one copy of the matrices; at most `model.kv_groups`."""
     context_parallel: int = Field(default=1, ge=1)
-    """Ranks that share one sequence."""
+    """Ranks that share one sequence, in two chunks of 128 tokens or more each; needs Transformer Engine."""
+    distributed_optimizer: bool | Literal["auto"] = "auto"
+    """Each data-parallel rank keeps main parameters and moments of its part of the model only (ZeRO-1); `auto`: where there are several.
+    Checkpoints are the same either way."""
+    overlap_gradients: bool = False
+    """Reduce gradients during the last micro-batch's backward pass and not after it."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Largest micro-batch per rank, in tokens; the windows of a step are spread over accumulated micro-batches of at most this size.
     `auto`: what fits into the GPU's memory, at most 65,536; 4,096 on a CPU. Either is halved where memory runs out."""
@@ -99,3 +108,18 @@ class ParallelConfig(Section):
     """Threads per process on a CPU; 0: the cores divided by the processes."""
     nccl_timeout_minutes: float = Field(default=10.0, gt=0)
     """A collective that takes longer ends the run."""
+
+    @property
+    def shares_optimizer(self) -> bool:
+        """Whether data-parallel ranks share out main parameters and moments, where there are several."""
+        return self.distributed_optimizer is not False
+
+    @model_validator(mode="after")
+    def _context_needs_te(self) -> "ParallelConfig":
+        for key, value in (("device", "cpu"), ("layer_spec", "torch")):
+            if self.context_parallel > 1 and getattr(self, key) == value:
+                raise ValueError(
+                    f"context_parallel={self.context_parallel} with {key}={value}; ranks can share a window only in Transformer Engine's "
+                    "attention, on GPUs"
+                )
+        return self

@@ -32,11 +32,14 @@ class Links:
         )
 
     def all_reduce_seconds(self, size_bytes: float, ranks: int, stride: int = 1) -> float:
-        """Sum of `size_bytes` over ranks, as NCCL does it over nodes: reduce-scatter in each node, all-reduce between nodes of the
-        share that each GPU then has (each over its own network adapter), all-gather in each node, one after another.
+        """Sum of `size_bytes` over ranks: a reduce-scatter and an all-gather."""
+        return 2 * self.scatter_seconds(size_bytes, ranks, stride)
 
-        Each part moves (n - 1) / n of its bytes over a rank's link, twice for an all-reduce (Patarasuk and Yuan, 2009), and takes
-        log2(n) hops each way over a tree.
+    def scatter_seconds(self, size_bytes: float, ranks: int, stride: int = 1) -> float:
+        """Reduce-scatter or all-gather of `size_bytes` in all over ranks, as NCCL does it over nodes: in each node, and between nodes with
+        the share that each GPU then has (each over its own network adapter), one after the other.
+
+        Each part moves (n - 1) / n of its bytes over a rank's link (Patarasuk and Yuan, 2009), and takes log2(n) hops over a tree.
 
         Args:
             ranks: of the group.
@@ -47,9 +50,9 @@ class Links:
         here = min(ranks, max(1, self.gpus_per_node // stride))
         nodes = math.ceil(ranks / here)
         # What the other groups of a node send at the same time has network adapters of its own.
-        seconds = 2 * (here - 1) / here * size_bytes / self.node_bytes_per_second
-        seconds += 2 * math.log2(here) * self.node_seconds
+        seconds = (here - 1) / here * size_bytes / self.node_bytes_per_second
+        seconds += math.log2(here) * self.node_seconds
         if nodes > 1:
-            seconds += 2 * (nodes - 1) / nodes * size_bytes / here / self.network_bytes_per_second
-            seconds += 2 * math.log2(nodes) * self.network_seconds
+            seconds += (nodes - 1) / nodes * size_bytes / here / self.network_bytes_per_second
+            seconds += math.log2(nodes) * self.network_seconds
         return seconds

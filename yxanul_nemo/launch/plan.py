@@ -22,6 +22,7 @@ from yxanul_nemo.training.identity import expected_run
 from yxanul_nemo.training.phases import (
     Phase,
     batch_layout,
+    check_chunks,
     check_enough_tokens,
     plan_phases,
     source_sizes,
@@ -248,6 +249,7 @@ class _Forecaster:
     def phase(self, phase: Phase, done: PhaseDone | None) -> PhaseForecast:
         config = self.config
         parallel, precision = config.parallel, config.precision
+        check_chunks(phase, parallel.context_parallel)
         micro_batch_size, accumulation = batch_layout(
             phase, self.data_parallel, parallel.micro_batch_tokens, precision.token_multiple
         )
@@ -262,7 +264,9 @@ class _Forecaster:
         memory_bytes = None
         if self.gpu is not None:
             rows = config.model.padded_vocab_size(self.vocab_size)
-            memory_bytes = forecast_memory_bytes(config.model, rows, precision, parallel, micro_batch_tokens)
+            memory_bytes = forecast_memory_bytes(
+                config.model, rows, precision, parallel, micro_batch_tokens, self.data_parallel
+            )
         first, peak, last = learning_rates(config, phase, self.total_tokens)
         return PhaseForecast(
             number=phase.number,

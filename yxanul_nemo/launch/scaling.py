@@ -1,8 +1,8 @@
 """What a run would do on more GPUs, on paper: measured compute of one GPU, stated speeds of links, and what training sends over them.
 
-A step of a data-parallel rank is its micro-batches one after another, and then one all-reduce of all gradients in FP32: training
-reduces once, after the last micro-batch, so that the CUDA graph of a micro-batch holds no communication. `plan.overlap` is the
-share of it that another implementation would hide behind computing.
+A step of a data-parallel rank is its micro-batches one after another, then one reduction of all gradients in FP32, and, where ranks share
+out the optimizer (`parallel.distributed_optimizer`), an all-gather of the updated parameters. `plan.overlap` is the share of the reduction
+that computing hides (`parallel.overlap_gradients`). `benchmarks/two_gpus.py` prints what this says beside what it measures.
 """
 
 import math
@@ -16,7 +16,9 @@ from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.training.phases import Phase, batch_layout
 
 GRADIENT_BYTES = 4
-"""FP32 in all precisions (`grad_reduce_in_fp32`)."""
+"""FP32 in all precisions."""
+ROUNDED_BYTES = 2
+"""A parameter as layers see it, BF16 but in FP32 training."""
 ACTIVATION_BYTES = 2
 """BF16, between tensor-parallel ranks."""
 TENSOR_ALL_REDUCES_PER_LAYER = 4
@@ -103,10 +105,8 @@ class Simulator:
         rate = self.speed(seq_len, micro_batch_tokens) * self.model_ranks
         compute = accumulation * micro_batch_tokens / rate
         inside = accumulation * self._model_parallel_seconds(micro_batch_tokens)
-        gradients = GRADIENT_BYTES * self.parameters / self.config.parallel.tensor_parallel
-        data_ranks = gpus // self.config.parallel.tensor_parallel
-        reduce = self.links.all_reduce_seconds(gradients, data_ranks, self.config.parallel.tensor_parallel)
-        return StepTime(compute, inside + (1 - self.config.plan.overlap) * reduce)
+        reduce, gather = self._data_parallel_seconds(gpus)
+        return StepTime(compute, inside + (1 - self.config.plan.overlap) * reduce + gather)
 
     def run(self, phases: list[Phase], gpus: int) -> RunAtScale:
         """All phases; steps that the ranks could not share are made larger."""
@@ -172,6 +172,16 @@ class Simulator:
             resized, data_parallel, self.config.parallel.micro_batch_tokens, self.config.precision.token_multiple
         )
         return size * phase.seq_len, accumulation
+
+    def _data_parallel_seconds(self, gpus: int) -> tuple[float, float]:
+        """(to reduce gradients, to gather parameters)."""
+        tensor_parallel = self.config.parallel.tensor_parallel
+        parameters, ranks = self.parameters / tensor_parallel, gpus // tensor_parallel
+        if not self.config.parallel.shares_optimizer:
+            return self.links.all_reduce_seconds(GRADIENT_BYTES * parameters, ranks, tensor_parallel), 0.0
+        bytes_each = GRADIENT_BYTES if self.config.precision.name == "fp32" else ROUNDED_BYTES
+        reduce = self.links.scatter_seconds(GRADIENT_BYTES * parameters, ranks, tensor_parallel)
+        return reduce, self.links.scatter_seconds(bytes_each * parameters, ranks, tensor_parallel)
 
     def _model_parallel_seconds(self, micro_batch_tokens: int) -> float:
         """What tensor- and context-parallel ranks send for one micro-batch; computing hides none of it here."""

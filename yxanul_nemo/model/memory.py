@@ -26,10 +26,12 @@ MEASURED_VOCAB_SIZE = 200_005
 PEAK_MEMORY_BYTES = {"fp8": {32_768: 20.5 * GIB, 65_536: 37.3 * GIB}, "bf16": {32_768: 22.7 * GIB, 65_536: 41.8 * GIB}}
 """By micro-batch tokens, at 2048."""
 
-STATE_BYTES_PER_PARAMETER = 18
-"""On a GPU: BF16 parameter 2, FP32 main parameter 4, two FP32 moments 8, FP32 gradient 4."""
-FP32_STATE_BYTES_PER_PARAMETER = 16
-"""The same where the parameter is its own main parameter."""
+WORKING_BYTES_PER_PARAMETER = 6
+"""On a GPU: BF16 parameter 2, FP32 gradient 4."""
+OPTIMIZER_BYTES_PER_PARAMETER = 12
+"""FP32 main parameter 4, two FP32 moments 8; data-parallel ranks share them out."""
+FP32_STATE_BYTES_PER_PARAMETER = (8, 8)
+"""Both where the parameter is its own main parameter."""
 COMFORTABLE_SHARE = 0.92
 """Of a GPU's memory; above it fragmentation, a display or validation may be what is too much."""
 MOST_MICRO_BATCH_TOKENS = 65_536
@@ -39,19 +41,27 @@ CPU_MICRO_BATCH_TOKENS = 4_096
 
 
 def forecast_memory_bytes(
-    model: ModelConfig, vocab_rows: int, precision: PrecisionConfig, parallel: ParallelConfig, micro_batch_tokens: int
+    model: ModelConfig,
+    vocab_rows: int,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    micro_batch_tokens: int,
+    data_parallel: int = 1,
 ) -> float:
     """Peak memory of one GPU in training: state, what the process needs besides, and activations in proportion to a micro-batch's tokens.
 
     Args:
         vocab_rows: rows of the embedding, padding included.
         micro_batch_tokens: tokens of one micro-batch of a data-parallel rank.
+        data_parallel: ranks with different windows.
     """
     per_token = _activation_bytes_per_token(precision) * _saved_widths(model) / _saved_widths(MEASURED_MODEL)
-    is_fp32 = precision.name == "fp32"
-    state = FP32_STATE_BYTES_PER_PARAMETER if is_fp32 else STATE_BYTES_PER_PARAMETER
+    working, of_optimizer = WORKING_BYTES_PER_PARAMETER, OPTIMIZER_BYTES_PER_PARAMETER
+    if precision.name == "fp32":
+        working, of_optimizer = FP32_STATE_BYTES_PER_PARAMETER
+    shares = data_parallel * parallel.context_parallel if parallel.shares_optimizer else 1
     ranks = parallel.tensor_parallel * parallel.context_parallel
-    held = state * parameter_count(model, vocab_rows) / parallel.tensor_parallel
+    held = (working + of_optimizer / shares) * parameter_count(model, vocab_rows) / parallel.tensor_parallel
     return held + _process_bytes(precision) + per_token * micro_batch_tokens / ranks
 
 
@@ -116,7 +126,8 @@ def _process_bytes(precision: PrecisionConfig) -> float:
     (small_tokens, small_bytes), (large_tokens, large_bytes) = _measured_memory(precision)
     per_token = (large_bytes - small_bytes) / (large_tokens - small_tokens)
     rows = MEASURED_MODEL.padded_vocab_size(MEASURED_VOCAB_SIZE)
-    return small_bytes - per_token * small_tokens - STATE_BYTES_PER_PARAMETER * parameter_count(MEASURED_MODEL, rows)
+    state = (WORKING_BYTES_PER_PARAMETER + OPTIMIZER_BYTES_PER_PARAMETER) * parameter_count(MEASURED_MODEL, rows)
+    return small_bytes - per_token * small_tokens - state
 
 
 def _measured_memory(precision: PrecisionConfig) -> tuple[tuple[int, float], tuple[int, float]]:

@@ -49,6 +49,9 @@ class Backend(Protocol):
     def after_load(self) -> None:
         """Called when the tensors of `sharded_state` have been overwritten by a checkpoint's."""
 
+    def close(self) -> None:
+        """The end of training; must be called before ranks part."""
+
 
 def make_backend(model: YxanulGPT, config: RunConfig, device: str) -> Backend:
     """The backend for `device` (`cpu` or `cuda`)."""
@@ -58,4 +61,4 @@ def make_backend(model: YxanulGPT, config: RunConfig, device: str) -> Backend:
         return CudaBackend(model, config)
     from yxanul_nemo.training.cpu_backend import CpuBackend
 
-    return CpuBackend(model, config.optim, config.guards)
+    return CpuBackend(model, config.optim, config.parallel, config.guards)

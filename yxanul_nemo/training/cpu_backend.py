@@ -1,7 +1,4 @@
-"""Training on CPUs: gloo data parallelism in plain torch.
-
-Megatron-core's own wrapper places its buffers on CUDA devices unconditionally (megatron-core 0.19, param_and_grad_buffer).
-"""
+"""Training on CPUs, with gloo between ranks."""
 
 from functools import partial
 from typing import Any
@@ -12,9 +9,10 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from yxanul_nemo.config.guards import GuardsConfig
-from yxanul_nemo.config.training import OptimConfig
+from yxanul_nemo.config.training import OptimConfig, ParallelConfig
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.flat_parameters import FlatParameters
 from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamAdamW
 
@@ -22,11 +20,20 @@ from yxanul_nemo.training.optimizer import MainParamAdamW
 class CpuBackend:
     """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
 
-    def __init__(self, model: YxanulGPT, optim: OptimConfig, guards: GuardsConfig | None = None):
+    def __init__(
+        self,
+        model: YxanulGPT,
+        optim: OptimConfig,
+        parallel: ParallelConfig | None = None,
+        guards: GuardsConfig | None = None,
+    ):
+        parallel = parallel or ParallelConfig()
         self.model = model
         self.guard = UpdateGuard(guards or GuardsConfig(), torch.device("cpu"))
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.optimizer = MainParamAdamW(model, optim, parallel_state.get_tensor_model_parallel_group())
+        self.overlaps = parallel.overlap_gradients
+        self.flat = FlatParameters(model.parameters(), self.data_group, parallel.shares_optimizer)
+        self.optimizer = MainParamAdamW(self.flat, optim, parallel_state.get_tensor_model_parallel_group())
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Nothing to warm up."""
@@ -37,19 +44,19 @@ class CpuBackend:
         """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
         assert not in_bf16, "a CPU has no FP8 to leave out"
         self.model.train()
-        self.model.zero_grad(set_to_none=True)
+        self.flat.zero_grads()
         loss_sum = torch.zeros((), dtype=torch.float64)
         scale = 1.0 / (ids_ABT.numel() * self.data_group.size())
-        for ids_BT, labels_BT in zip(ids_ABT, labels_ABT, strict=True):
+        for number, (ids_BT, labels_BT) in enumerate(zip(ids_ABT, labels_ABT, strict=True), start=1):
+            if self.overlaps and number == len(ids_ABT):
+                self.flat.reduce_early()
             loss_BT = self.model(ids_BT, labels_BT)
             (loss_BT.sum() * scale).backward()
             loss_sum += loss_BT.detach().sum(dtype=torch.float64)
-        self._sum_over_data_ranks()
+        self.flat.reduce_grads()
         loss = loss_sum * scale
         dist.all_reduce(loss, group=self.data_group)
-        norm, applied = self.optimizer.step(
-            [param.grad for param in self.optimizer.params], lr, grad_clip, partial(self.guard.admits, loss)
-        )
+        norm, applied = self.optimizer.step(lr, grad_clip, partial(self.guard.admits, loss))
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
     def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
@@ -63,11 +70,5 @@ class CpuBackend:
         """Bring what is derived from the loaded state in line with it."""
         self.optimizer.after_load()
 
-    def _sum_over_data_ranks(self) -> None:
-        if self.data_group.size() == 1:
-            return
-        flat = torch.cat([param.grad.reshape(-1) for param in self.optimizer.params])
-        dist.all_reduce(flat, group=self.data_group)
-        sizes = [param.numel() for param in self.optimizer.params]
-        for param, grad in zip(self.optimizer.params, flat.split(sizes), strict=True):
-            param.grad.copy_(grad.view_as(param))
+    def close(self) -> None:
+        """A CPU holds on to nothing."""

@@ -1,20 +1,22 @@
-"""Training on GPUs: Megatron-core's gradient buffers, Transformer Engine layers, and forward and backward in a CUDA graph."""
+"""Training on GPUs: Transformer Engine layers, forward and backward in a CUDA graph, what ranks say to each other inside graphs too."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel.random import get_all_rng_states
 from torch import Tensor
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
+from yxanul_nemo.model.context import WindowSlices
 from yxanul_nemo.model.fp8_state import sharded_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.flat_parameters import FlatParameters
 from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamAdamW
 
@@ -32,15 +34,21 @@ class CudaBackend:
         self.fp8_format = model.config.fp8
         self.use_graph = config.parallel.cuda_graph
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        # Gradients are reduced once per step, after the last micro-batch, so that a graph holds no communication.
-        ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=False)
-        self.ddp = DistributedDataParallel(model.config, ddp_config, model)
-        self.optimizer = MainParamAdamW(model, config.optim, parallel_state.get_tensor_model_parallel_group())
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.slices = WindowSlices(parallel_state.get_context_parallel_group())
+        self.overlaps = config.parallel.overlap_gradients and self.data_group.size() > 1
+        self.flat = FlatParameters(model.parameters(), self.data_group, config.parallel.shares_optimizer)
+        self.optimizer = MainParamAdamW(self.flat, config.optim, parallel_state.get_tensor_model_parallel_group())
+        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+        """Forward and backward of a micro-batch; by whether gradients are reduced in it."""
         self.update_graph: torch.cuda.CUDAGraph | None = None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device="cuda")
         self.loss = torch.zeros((), dtype=torch.float64, device="cuda")
         """Of the step, over all ranks, where a graph can find it."""
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether micro-batches are replays of a CUDA graph."""
+        return bool(self.graphs)
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Warm up on random tokens, so that lazily made state exists when a checkpoint is loaded.
@@ -49,9 +57,11 @@ class CudaBackend:
         """
         self.model.train()
         shape = (micro_batch_size, seq_len)
-        self.ids_BT = torch.randint(0, self.model.real_vocab_size, shape, device="cuda")
-        self.labels_BT = torch.randint(0, self.model.real_vocab_size, shape, device="cuda")
-        self.scale = torch.full((), 1.0 / (micro_batch_size * accumulation * seq_len), device="cuda")
+        self.ids_BT, self.labels_BT = (
+            self.slices.take(torch.randint(0, self.model.real_vocab_size, shape, device="cuda")) for _ in range(2)
+        )
+        tokens = accumulation * self.ids_BT.numel() * self.data_group.size()
+        self.scale = torch.full((), 1.0 / tokens, device="cuda")
         for _ in range(WARMUP_PASSES):
             self._forward_backward()
         torch.cuda.synchronize()
@@ -61,33 +71,30 @@ class CudaBackend:
     ) -> StepResult:
         """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
         self._use_fp8(self.is_fp8 and not in_bf16)
-        if self.use_graph and self.graph is None:
-            self._capture()
-        self.ddp.zero_grad_buffer()
+        if self.use_graph and not self.graphs:
+            self._capture_micro_batches(accumulates=len(ids_ABT) > 1)
+        ids_ABT, labels_ABT = self.slices.take(ids_ABT), self.slices.take(labels_ABT)
+        self.flat.zero_grads()
         self.loss_sum.zero_()
-        # Megatron's wrapper averages gradients over data-parallel ranks.
-        self.scale.fill_(1.0 / ids_ABT.numel())
-        for ids_BT, labels_BT in zip(ids_ABT, labels_ABT, strict=True):
+        tokens = ids_ABT.numel() * self.data_group.size()
+        self.scale.fill_(1.0 / tokens)
+        for number, (ids_BT, labels_BT) in enumerate(zip(ids_ABT, labels_ABT, strict=True), start=1):
             self.ids_BT.copy_(ids_BT)
             self.labels_BT.copy_(labels_BT)
-            if self.graph is not None:
-                self.graph.replay()
-            else:
-                self._forward_backward()
-        self.ddp.start_grad_sync()
-        self.ddp.finish_grad_sync()
-        loss = self.loss_sum / (ids_ABT.numel() * self.data_group.size())
-        if self.data_group.size() > 1:
-            dist.all_reduce(loss, group=self.data_group)
-        norm, applied = self._update(loss, lr, grad_clip)
-        return StepResult(loss=loss, grad_norm=norm, applied=applied)
+            self._micro_batch(reduces=self.overlaps and number == len(ids_ABT))
+        self.loss.copy_(self.loss_sum / tokens)
+        self.optimizer.set_rates(lr, grad_clip)
+        norm, applied = self._update()
+        # The meter keeps these over several steps; a graph writes into the same memory each time.
+        return StepResult(loss=self.loss.clone(), grad_norm=norm.clone(), applied=applied.clone())
 
     def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
         """Take FP8's delayed scales from a batch, without an update: those from before are of other weights and would overflow."""
         self._use_fp8(self.is_fp8)
+        ids_ABT, labels_ABT = self.slices.take(ids_ABT), self.slices.take(labels_ABT)
         self.ids_BT.copy_(ids_ABT[0])
         self.labels_BT.copy_(labels_ABT[0])
-        self.scale.fill_(1.0 / ids_ABT.numel())
+        self.scale.fill_(1.0 / (ids_ABT.numel() * self.data_group.size()))
         for _ in range(WARMUP_PASSES):
             self._forward_backward()
 
@@ -100,11 +107,22 @@ class CudaBackend:
         """Bring what is derived from the loaded state in line with it."""
         self.optimizer.after_load()
 
-    def _forward_backward(self) -> None:
-        with self.ddp.no_sync():
-            loss_BT = self.ddp(self.ids_BT, self.labels_BT)
-            (loss_BT.sum() * self.scale).backward()
+    def close(self) -> None:
+        """Give the graphs back: NCCL waits, when ranks part, for those that it is part of."""
+        torch.cuda.synchronize()
+        for graph in (*self.graphs.values(), self.update_graph):
+            if graph is not None:
+                graph.reset()
+        self.graphs, self.update_graph = {}, None
+
+    def _forward_backward(self, reduces: bool = False) -> None:
+        if reduces:
+            self.flat.reduce_early()
+        loss_BT = self.model(self.ids_BT, self.labels_BT)
+        (loss_BT.sum() * self.scale).backward()
         self.loss_sum += loss_BT.detach().sum(dtype=torch.float64)
+        if reduces:
+            self.flat.reduce_grads()
 
     def _use_fp8(self, wanted: bool) -> None:
         """Have layers compute in FP8 or not from here on. Their scales stay as they are meanwhile."""
@@ -112,45 +130,68 @@ class CudaBackend:
             return
         self.model.config.fp8 = self.fp8_format if wanted else None
         logger.info("layers compute in %s from here on", "FP8" if wanted else "BF16")
-        self.graph = None
+        self.graphs = {}
         if not wanted:
             # What BF16 products need must exist before capture; for FP8 `prepare` has seen to it. The gradients are zeroed next.
             self._forward_backward()
 
-    def _update(self, loss: Tensor, lr: float, grad_clip: float) -> tuple[Tensor, Tensor]:
-        """One update of the optimizer; returns (norm before clipping, whether it was applied)."""
-        self.optimizer.set_rates(lr, grad_clip)
-        self.loss.copy_(loss)
-        grads = [param.main_grad for param in self.optimizer.params]
-        admits = partial(self.guard.admits, self.loss)
-        if self.graph is None or self.optimizer.tensor_group.size() > 1:
-            return self.optimizer.update(grads, admits)
-        if self.update_graph is None:
-            self.update_graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.update_graph, stream=torch.cuda.current_stream()):
-                self.update_results = self.optimizer.update(grads, admits)
-        self.update_graph.replay()
-        norm, applied = self.update_results
-        # The meter keeps these over several steps; the graph writes into the same memory each time.
-        return norm.clone(), applied.clone()
+    def _micro_batch(self, reduces: bool) -> None:
+        if reduces in self.graphs:
+            self.graphs[reduces].replay()
+        else:
+            self._forward_backward(reduces)
 
-    def _capture(self) -> None:
-        """Record forward and backward of a micro-batch; if that fails, train eagerly, with the reason in the log.
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """All that comes after the last micro-batch; returns (norm before clipping, whether the update was applied)."""
+        if self.use_graph and self.update_graph is None:
+            self.update_graph = self._captured(self._reduce_and_update)
+        if self.update_graph is not None:
+            self.update_graph.replay()
+        else:
+            self._reduce_and_update()
+        return self.update_results
+
+    def _reduce_and_update(self) -> None:
+        if not self.overlaps:
+            self.flat.reduce_grads()
+        if self.data_group.size() > 1:
+            dist.all_reduce(self.loss, group=self.data_group)
+        self.update_results = self.optimizer.update(partial(self.guard.admits, self.loss))
+
+    def _capture_micro_batches(self, accumulates: bool) -> None:
+        """Record forward and backward of a micro-batch and, where gradients are reduced in the last one, of that.
 
         It is done at the first step and not before: whoever empties the allocator's cache in between (Lightning does at the
         start of fit) must not meet memory that a graph refers to.
         """
+        # What is made at its first use, such as ranks' links, cannot be recorded. An update whose loss is no number changes nothing, and
+        # the gradients, left over from warming up, are zeroed next.
+        self.loss.fill_(float("nan"))
+        if self.overlaps:
+            self.flat.reduce_grads()
+        self._reduce_and_update()
+        for reduces in (False, True) if self.overlaps and accumulates else (self.overlaps,):
+            # They never run at once and leave nothing in their memory.
+            pool = next((other.pool() for other in self.graphs.values()), None)
+            graph = self._captured(partial(self._forward_backward, reduces), pool)
+            if graph is not None:
+                self.graphs[reduces] = graph
+
+    def _captured(self, work: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph | None:
+        """A graph of `work`; if that fails, None, and all that has no graph yet is done eagerly, with the reason in the log."""
         graph = torch.cuda.CUDAGraph()
         for state in get_all_rng_states().values():
             graph.register_generator_state(state)
         try:
             # Autograd's accumulation nodes remember the stream they were made on, so everything since the model's
             # construction runs on one side stream (runtime.init_process_groups), which is also the one captured here.
-            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-                self._forward_backward()
+            # Threads of NCCL, which look at events of theirs, do not disturb.
+            stream = torch.cuda.current_stream()
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                work()
         except RuntimeError as error:
             logger.warning("no CUDA graph, training eagerly: %s", str(error).splitlines()[0])
             torch.cuda.synchronize()
             self.use_graph = False
-            return
-        self.graph = graph
+            return None
+        return graph

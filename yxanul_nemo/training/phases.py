@@ -9,6 +9,7 @@ import numpy as np
 from data_prep.manifest import CorpusManifest
 from yxanul_nemo.config.curriculum import CurriculumConfig
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.training import SHORTEST_CONTEXT_CHUNK
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.training.adapt import largest_shares
@@ -154,6 +155,18 @@ def batch_layout(phase: Phase, data_parallel: int, micro_batch_tokens: int, toke
         f"a multiple of {math.lcm(phase.seq_len, token_multiple) * data_parallel}, and parallel.micro_batch_tokens of at least "
         f"{math.lcm(phase.seq_len, token_multiple)}",
     )
+
+
+def check_chunks(phase: Phase, context_parallel: int) -> None:
+    """Refuse windows that cannot be cut into two chunks for each context-parallel rank."""
+    chunks = 2 * context_parallel
+    if context_parallel > 1 and (phase.seq_len % chunks or phase.seq_len // chunks < SHORTEST_CONTEXT_CHUNK):
+        raise UserError(
+            f"curriculum phase {phase.number}: seq_len",
+            f"is {phase.seq_len}, which parallel.context_parallel={context_parallel} ranks cannot share",
+            f"a multiple of {chunks}, and at least {chunks * SHORTEST_CONTEXT_CHUNK}",
+            "Train phases of short windows with parallel.context_parallel=1, as in phases=1-5; checkpoints fit either.",
+        )
 
 
 def selected_phases(selection: str | int | None, count: int) -> range:

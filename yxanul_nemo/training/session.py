@@ -36,6 +36,7 @@ from yxanul_nemo.training.micro_batch import fit_batch, gpu_memory_bytes
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.phases import (
     Phase,
+    check_chunks,
     check_enough_tokens,
     plan_phases,
     source_sizes,
@@ -70,6 +71,7 @@ class PhaseSession:
         self.phases = plan_phases(config.curriculum)
         check_enough_tokens(config, self.phases, self.sizes)
         self.phase: Phase = self.phases[number - 1]
+        check_chunks(self.phase, config.parallel.context_parallel)
         self.device = resolve_device(config.parallel)
         memory_bytes = gpu_memory_bytes(self.device)
         self.asked_for = config.parallel.micro_batch_tokens
@@ -100,6 +102,12 @@ class PhaseSession:
 
     def run(self, stop: StopRequest) -> bool:
         """Train to the end of the phase and validate; True if all of that is done, False if stopped on request."""
+        done = self._run(stop)
+        # Not after an error: other ranks may never come to where this one waits for them.
+        self.backend.close()
+        return done
+
+    def _run(self, stop: StopRequest) -> bool:
         first_step = self.ledger.phase_tokens // self.phase.tokens_per_step
         saver: CheckpointSaver | None = None
         if first_step < self.phase.steps:

@@ -1,5 +1,6 @@
 """`stage=validate`: the newest good checkpoint of a run on all domains; and the run's model while it is trained."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from yxanul_nemo.validation.domains import load_domains
 from yxanul_nemo.validation.record import checkpoint_result_path, metric_of, settings_fingerprint
 from yxanul_nemo.validation.scoring import Document
 from yxanul_nemo.validation.validate import Domains, score_domains, summarize, validate
+from yxanul_nemo.validation.whole_windows import whole_window_loss
 
 
 def validate_checkpoint(config: RunConfig) -> None:
@@ -76,8 +78,9 @@ def validate_at_lengths(
 ) -> dict[str, Any]:
     """`validate` at the fixed length and, as `at_phase_len`, in windows without overlap of the phase's `seq_len` (None: unknown)."""
     group, settings = parallel_state.get_data_parallel_group(), config.validation
-    result = validate(model, domains, settings, eos_id=eos_id, device=device, group=group)
+    loss = partial(whole_window_loss, model, parallel_state.get_context_parallel_group())
+    result = validate(loss, domains, settings, eos_id=eos_id, device=device, group=group)
     if settings.at_phase_len and seq_len not in (None, settings.eval_len):
-        nats = score_domains(model, domains, seq_len, seq_len, settings.batch_tokens, eos_id, device, group)
+        nats = score_domains(loss, domains, seq_len, seq_len, settings.batch_tokens, eos_id, device, group)
         result["at_phase_len"] = summarize(domains, nats, seq_len, seq_len)
     return result

@@ -1,0 +1,82 @@
+"""Buckets of parameters on gloo ranks: what each of them updates, and sums of gradients early and late."""
+
+import math
+import random
+
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+from yxanul_nemo.training.flat_parameters import ALIGNMENT, FlatParameters, places
+
+SHAPES = ((70, 16), (5,), (33, 48), (300, 8), (129,), (2, 2, 64))
+
+
+def test_cuts_lie_between_rows() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        widths = [rng.choice((1, 8, 48, 64, 96, 768, 2048)) for _ in range(rng.randint(1, 12))]
+        shapes = [(rows,) if w == 1 else (rows, w) for w in widths for rows in [rng.randint(1, 3000)]]
+        shares = rng.choice((1, 2, 3, 8, 64))
+        begins, share = places(shapes, shares)
+        ends = [begin + math.prod(shape) for begin, shape in zip(begins, shapes, strict=True)]
+        assert all(begin % ALIGNMENT == 0 for begin in begins)
+        assert all(end <= begin for end, begin in zip(ends, begins[1:], strict=False)) and ends[-1] <= shares * share
+        for begin, end, shape in zip(begins, ends, shapes, strict=True):
+            for cut in range(share, shares * share, share):
+                assert not begin < cut < end or (cut - begin) % math.prod(shape[1:]) == 0
+
+
+def update(bucket_elements: int, early: bool, dtype: torch.dtype) -> dict[str, object]:
+    """Two micro-batches with gradients that depend on the rank, and an update of each main parameter by its gradient."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in SHAPES]
+    flat = FlatParameters(params, dist.group.WORLD, is_shared=True, bucket_elements=bucket_elements)
+    flat.zero_grads()
+    for micro_batch in (1, 2):
+        if early and micro_batch == 2:
+            flat.reduce_early()
+        sum(
+            (param.float() * number * micro_batch).sum() for number, param in enumerate(params, dist.get_rank())
+        ).backward()
+    flat.reduce_grads()
+    for part in flat.parts:
+        part.main.add_(part.grad)
+    flat.publish()
+    rows = [(params_index(params, part.param), part.first_row, len(part.main)) for part in flat.parts]
+    return {"values": [p.detach().float().numpy() for p in params], "rows": rows, "buckets": len(flat.buckets)}
+
+
+def params_index(params: list[torch.nn.Parameter], param: torch.nn.Parameter) -> int:
+    return next(i for i, other in enumerate(params) if other is param)
+
+
+def cases() -> list[dict[str, object]]:
+    return [
+        update(elements, early, dtype)
+        for elements in (1 << 20, 2000)
+        for early in (False, True)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+
+
+def test_each_rank_updates_rows_of_its_own_and_has_the_whole_model() -> None:
+    ranks = 3
+    of_ranks = run_ranks(cases, ranks)
+    generator = torch.Generator().manual_seed(0)
+    before = [torch.randn(shape, generator=generator) for shape in SHAPES]
+    for number, results in enumerate(zip(*of_ranks, strict=True)):
+        dtype = (torch.float32, torch.bfloat16)[number % 2]
+        assert (results[0]["buckets"] > 1) == (number >= 4)
+        for i, start in enumerate(before):
+            # The gradient of rank r is (i + r) x (1 + 2).
+            expected = (start.to(dtype).float() + 3 * sum(i + rank for rank in range(ranks))).to(dtype).float()
+            for result in results:
+                torch.testing.assert_close(torch.from_numpy(result["values"][i]), expected)
+        updated = sorted(rows for result in results for rows in result["rows"])
+        for i, shape in enumerate(SHAPES):
+            blocks = [(first, count) for param, first, count in updated if param == i]
+            assert [first for first, _ in blocks] == [sum(c for _, c in blocks[:k]) for k in range(len(blocks))]
+            assert sum(count for _, count in blocks) == shape[0]

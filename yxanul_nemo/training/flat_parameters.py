@@ -1,0 +1,193 @@
+"""Parameters and gradients of a rank in a few pieces of memory, which data-parallel ranks sum and, with `is_shared`, share out.
+
+Sharing (ZeRO-1, arXiv:1910.02054): each rank keeps main parameters and moments of its part alone. Sums of gradients are scattered, each
+rank updates its part, and rounded parameters are gathered. Cuts between parts lie between rows, so a part of a matrix is a block of
+rows, which a checkpoint can say as a block of the global tensor (`model.sharding.row_blocks`).
+
+It takes the place of Megatron-core's DistributedDataParallel, whose buffers are on CUDA devices unconditionally and whose parts end
+inside rows (megatron-core 0.19, param_and_grad_buffer): here CPUs and GPUs do the same, so that tests on CPUs speak for both.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+ALIGNMENT = 128
+"""Elements that the place of each parameter is a multiple of: 256 bytes in BF16, which is what torch's allocator gives."""
+BUCKET_ELEMENTS = 32 << 20
+"""Parameters that are reduced together: 128 MiB of gradients, long enough for full speed, short enough to begin before backward ends."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What this rank updates of one parameter: all of it, or some of its rows."""
+
+    param: Parameter
+    first_row: int
+    main: Tensor
+    """FP32, rows of the parameter's shape."""
+    grad: Tensor
+    """FP32, of the same rows."""
+
+
+class FlatParameters:
+    """A model's parameters moved into buckets of memory, with FP32 gradients that add up over micro-batches.
+
+    Args:
+        params: all of a model; the gradient of each must be computed in every backward pass.
+        group: data-parallel ranks, those that share a window included.
+        is_shared: whether each rank updates its part only. Alone, a rank's part is everything.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Parameter],
+        group: dist.ProcessGroup,
+        is_shared: bool,
+        bucket_elements: int = BUCKET_ELEMENTS,
+    ):
+        self.group, self.is_shared = group, is_shared and group.size() > 1
+        self.params = [param for param in params if param.requires_grad]
+        self.buckets = [_Bucket(of_bucket, group, self.is_shared) for of_bucket in _split(self.params, bucket_elements)]
+        self.parts = [part for bucket in self.buckets for part in bucket.parts]
+        self._reduces_early = False
+        for bucket in self.buckets:
+            for param, grad in zip(bucket.params, bucket.grad_views, strict=True):
+                self._add_up(param, grad, bucket)
+
+    def zero_grads(self) -> None:
+        """Begin a step."""
+        for bucket in self.buckets:
+            bucket.grads.zero_()
+
+    def reduce_early(self) -> None:
+        """In the next backward pass, begin to reduce each bucket as soon as its gradients are there; `reduce_grads` then waits."""
+        self._reduces_early = True
+        for bucket in self.buckets:
+            bucket.await_all()
+
+    def reduce_grads(self) -> None:
+        """Sum the gradients over the group; where parameters are shared out, each rank then has those of its own parts only."""
+        for bucket in self.buckets:
+            bucket.wait() if self._reduces_early else bucket.reduce(is_async=False)
+        self._reduces_early = False
+
+    def publish(self) -> None:
+        """Round the main parameters into the model's, on all ranks."""
+        for bucket in self.buckets:
+            bucket.publish()
+
+    def _add_up(self, param: Parameter, grad: Tensor, bucket: "_Bucket") -> None:
+        def add(param: Parameter) -> None:
+            grad.add_(param.grad)
+            param.grad = None
+            if self._reduces_early:
+                bucket.has_one_more()
+
+        param.register_post_accumulate_grad_hook(add)
+
+
+class _Bucket:
+    """Parameters of one dtype, one after another in memory, in as many equal shares as ranks update them."""
+
+    def __init__(self, params: Sequence[Parameter], group: dist.ProcessGroup, is_shared: bool):
+        self.params, self.group, self.is_shared = list(params), group, is_shared
+        begins, share = places([tuple(p.shape) for p in params], group.size() if is_shared else 1)
+        rank = group.rank() if is_shared else 0
+        size = share * (group.size() if is_shared else 1)
+        self.values = params[0].detach().new_zeros(size)
+        self.grads = torch.zeros(size, dtype=torch.float32, device=self.values.device)
+        self.own = slice(rank * share, (rank + 1) * share)
+        for param, begin in zip(params, begins, strict=True):
+            view = self.values[begin : begin + param.numel()].view_as(param)
+            view.copy_(param.detach())
+            param.data = view
+        self.mains = self.values[self.own]
+        if self.values.dtype != torch.float32:
+            self.mains = self.mains.float()
+        self.grad_views = [self.grads[b : b + p.numel()].view_as(p) for p, b in zip(params, begins, strict=True)]
+        self.parts = [part for p, b in zip(params, begins, strict=True) if (part := self._part(p, b)) is not None]
+        self._here = 0
+        self._work: dist.Work | None = None
+
+    def _part(self, param: Parameter, begin: int) -> Part | None:
+        first = max(begin, self.own.start)
+        count = min(begin + param.numel(), self.own.stop) - first
+        if count <= 0:
+            return None
+        shape = (count // _width(tuple(param.shape)), *param.shape[1:])
+        at = first - self.own.start
+        return Part(
+            param,
+            first_row=(first - begin) // _width(tuple(param.shape)),
+            main=self.mains[at : at + count].view(shape),
+            grad=self.grads[first : first + count].view(shape),
+        )
+
+    def await_all(self) -> None:
+        """A backward pass begins."""
+        self._here, self._work = 0, None
+
+    def has_one_more(self) -> None:
+        """Reduce beside the computation, once the last gradient is there."""
+        self._here += 1
+        if self._here == len(self.params):
+            self._work = self.reduce(is_async=True)
+
+    def wait(self) -> None:
+        """Have what is computed from here on wait for the reduction."""
+        assert self._here == len(self.params), "a backward pass has left out a parameter"
+        if self._work is not None:
+            self._work.wait()
+
+    def reduce(self, is_async: bool) -> dist.Work | None:
+        """Sum over the ranks."""
+        if self.group.size() == 1:
+            return None
+        if self.is_shared:
+            return dist.reduce_scatter_tensor(self.grads[self.own], self.grads, group=self.group, async_op=is_async)
+        return dist.all_reduce(self.grads, group=self.group, async_op=is_async)
+
+    def publish(self) -> None:
+        """As `FlatParameters.publish`."""
+        if self.values.dtype != torch.float32:
+            self.values[self.own].copy_(self.mains)
+        if self.is_shared:
+            dist.all_gather_into_tensor(self.values, self.values[self.own], group=self.group)
+
+
+def places(shapes: Sequence[tuple[int, ...]], shares: int) -> tuple[list[int], int]:
+    """Where tensors begin in memory that is cut into equal shares, each cut between two rows; and the size of a share, in elements.
+
+    A tensor begins at a multiple of its row and of `ALIGNMENT`, and a share is a multiple of them all. That costs memory only where
+    widths have little in common.
+    """
+    units = [math.lcm(_width(shape), ALIGNMENT) for shape in shapes]
+    begins, end = [], 0
+    for shape, unit in zip(shapes, units, strict=True):
+        begins.append(-(-end // unit) * unit)
+        end = begins[-1] + math.prod(shape)
+    # With one share there is no cut to be anywhere.
+    unit = math.lcm(*units) if shares > 1 else ALIGNMENT
+    return begins, -(-end // (shares * unit)) * unit
+
+
+def _width(shape: tuple[int, ...]) -> int:
+    """Elements of a row."""
+    return math.prod(shape[1:])
+
+
+def _split(params: Sequence[Parameter], most_elements: int) -> list[list[Parameter]]:
+    """Neighbours of one dtype, up to so many elements or one parameter."""
+    buckets: dict[torch.dtype, list[list[Parameter]]] = {}
+    for param in params:
+        of_dtype = buckets.setdefault(param.dtype, [[]])
+        if of_dtype[-1] and sum(p.numel() for p in of_dtype[-1]) + param.numel() > most_elements:
+            of_dtype.append([])
+        of_dtype[-1].append(param)
+    return [bucket for of_dtype in buckets.values() for bucket in of_dtype]

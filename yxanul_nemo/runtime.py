@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
+from yxanul_nemo.config.training import NumberFormat, ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
 
 
@@ -70,6 +70,19 @@ def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device
         raise UserError(
             where, f"is {precision.name} on {name}", "an Ada, Hopper or Blackwell GPU", "Set precision=bf16."
         )
+
+
+def formats_of(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> tuple[NumberFormat, ...]:
+    """The number format of `precision`; of `auto` those that a phase may come to be trained in on this machine, FP8 first."""
+    if precision.name != "auto":
+        return (precision.name,)
+    if device == "cpu":
+        return ("fp32",)
+    try:
+        check_precision(precision.named("fp8_hybrid"), parallel, device)
+    except UserError:
+        return ("bf16",)
+    return ("fp8_hybrid", "bf16")
 
 
 def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> None:

@@ -1,12 +1,12 @@
 """The cases of a benchmark, from the configuration alone (no torch)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from yxanul_nemo.config.curriculum import PhaseConfig
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.config.training import NumberFormat, PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.training.phases import Phase, batch_layout, plan_phases
 
@@ -34,28 +34,23 @@ class Case:
         return f"{self.precision.name} seq_len {self.phase.seq_len} micro-batch {self.micro_batch_tokens} x {self.accumulation}"
 
 
-def bench_cases(config: RunConfig) -> list[Case]:
+def bench_cases(config: RunConfig, formats: Sequence[NumberFormat]) -> list[Case]:
     """Every combination that `bench` asks for, without repetitions; `parallel.micro_batch_tokens` is a number here.
+
+    Args:
+        formats: the recipe's, measured where `bench.precision` names none.
 
     Raises:
         UserError: a length that the model has no positions for, or that does not fit a micro-batch.
     """
     found: dict[tuple[int, int, str, int], Case] = {}
     for micro_batch_tokens in config.bench.micro_batch_tokens or [config.parallel.micro_batch_tokens]:
-        for precision in _precisions(config):
+        for precision in map(config.precision.named, config.bench.precision or formats):
             for phase in _phases(config, micro_batch_tokens):
                 size, accumulation = batch_layout(phase, 1, micro_batch_tokens, precision.token_multiple)
                 key = (phase.seq_len, phase.tokens_per_step, precision.name, size)
                 found.setdefault(key, Case(phase, precision, size, accumulation))
     return list(found.values())
-
-
-def _precisions(config: RunConfig) -> Iterator[PrecisionConfig]:
-    for name in config.bench.precision or [config.precision.name]:
-        changed = {"name": name}
-        if not PrecisionConfig(name=name).is_fp8:
-            changed["fp8_attention"] = False
-        yield PrecisionConfig(**(config.precision.model_dump() | changed))
 
 
 def _phases(config: RunConfig, micro_batch_tokens: int) -> list[Phase]:

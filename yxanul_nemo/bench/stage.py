@@ -25,7 +25,7 @@ from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.model.memory import GIB, MEASURED_VOCAB_SIZE, with_micro_batch
-from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.runtime import formats_of, resolve_device
 from yxanul_nemo.training.micro_batch import gpu_memory_bytes
 from yxanul_nemo.training.phases import source_sizes
 from yxanul_nemo.training.records import peak_flops_per_second
@@ -43,7 +43,7 @@ def run_bench_stage(config: RunConfig) -> bool:
     device = resolve_device(config.parallel)
     corpus = Corpus(config)
     config = with_micro_batch(config, corpus.vocab_size, gpu_memory_bytes(device))
-    cases = bench_cases(config)
+    cases = bench_cases(config, formats_of(config.precision, config.parallel, device))
     logger.info("%d cases on %s, data: %s", len(cases), _device_name(device), corpus.description)
     peak = peak_flops_per_second(PrecisionConfig(name="bf16"), device, devices=1)
     rows: list[dict[str, Any]] = []

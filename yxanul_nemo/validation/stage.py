@@ -14,6 +14,7 @@ from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.runtime import init_process_groups, resolve_device
 from yxanul_nemo.training.agreement import from_first_rank
 from yxanul_nemo.training.phases import plan_phases
+from yxanul_nemo.training.precision_choice import as_trained
 from yxanul_nemo.training.restore import restore_model
 from yxanul_nemo.validation.domains import load_domains
 from yxanul_nemo.validation.record import checkpoint_result_path, metric_of, settings_fingerprint
@@ -32,7 +33,8 @@ def validate_checkpoint(config: RunConfig) -> None:
         raise UserError(
             config.run.dir / "checkpoints", "holds no checkpoint", fix="Run `python launcher.py stage=train` first."
         )
-    model = restore_model(config, checkpoint, manifest.vocab_size, config.precision, config.parallel)
+    precision = as_trained(config, checkpoint.read_ledger().current, device)
+    model = restore_model(config, checkpoint, manifest.vocab_size, precision, config.parallel)
     phases = plan_phases(config.curriculum)
     seq_len = phases[checkpoint.phase - 1].seq_len if 1 <= checkpoint.phase <= len(phases) else None
     scores = validate_model(config, manifest, model, seq_len, device)

@@ -85,6 +85,16 @@ def formats_of(precision: PrecisionConfig, parallel: ParallelConfig, device: str
     return ("fp8_hybrid", "bf16")
 
 
+def outside_training(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> PrecisionConfig:
+    """What a model that is only used computes in: BF16 where it was trained in FP8.
+
+    FP8's delayed scales follow from training passes. Weights alone would be multiplied with scales of 1, which no forward pass
+    without gradients ever mends (Transformer Engine 2.20, `autocast_exit`).
+    """
+    used = precision.named(formats_of(precision, parallel, device)[-1])
+    return precision.named("bf16") if used.is_fp8 else used
+
+
 def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> None:
     """Join torch's and Megatron-core's process groups, once per process.
 

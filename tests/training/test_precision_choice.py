@@ -20,11 +20,13 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.gpu_table import BY_KEY
 from yxanul_nemo.launch.check import check_machine
 from yxanul_nemo.launch.plan import make_plan
+from yxanul_nemo.runtime import outside_training
 from yxanul_nemo.training import precision_choice
 from yxanul_nemo.training.identity import phase_plan
 from yxanul_nemo.training.phases import Phase, plan_phases
-from yxanul_nemo.training.precision_choice import as_trained, faster_of, formats_for
+from yxanul_nemo.training.precision_choice import faster_of, formats_for
 
+RECIPE = ("recipe=yxanul_197m_h100", "parallel.micro_batch_tokens=32768")
 BOTH = ("fp8_hybrid", "bf16")
 GPU_SHAPE = (
     "precision=auto", "parallel.device=cuda", "model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4",
@@ -33,9 +35,7 @@ GPU_SHAPE = (
 
 
 def auto(*overrides: str) -> RunConfig:
-    return parse(
-        compose(["recipe=yxanul_197m_h100", "precision=auto", "parallel.micro_batch_tokens=32768", *overrides])
-    )
+    return parse(compose([*RECIPE, "precision=auto", *overrides]))
 
 
 @pytest.fixture
@@ -56,14 +56,18 @@ def test_a_phase_under_way_keeps_its_format_where_the_machine_has_it(fp8_machine
     assert formats_for(config, phase, begun(phase, "bf16"), 1, "cuda") == ("bf16",)
     assert formats_for(config, phase, begun(phase, "fp8_hybrid"), 1, "cuda") == ("fp8_hybrid",)
     assert formats_for(config, phase, begun(phase, "fp32"), 1, "cuda") == BOTH
-    assert as_trained(config, begun(phase, "fp8_hybrid"), "cuda").name == "fp8_hybrid"
 
 
 def test_a_machine_without_the_recorded_format_uses_its_own() -> None:
     config = auto()
     phase = plan_phases(config.curriculum)[0]
     assert formats_for(config, phase, begun(phase, "fp8_hybrid"), 1, "cpu") == ("fp32",)
-    assert as_trained(config, begun(phase, "fp8_hybrid"), "cpu").name == "fp32"
+    assert outside_training(config.precision, config.parallel, "cpu").name == "fp32"
+
+
+def test_a_model_outside_of_training_has_no_scales_and_is_not_in_fp8() -> None:
+    config = parse(compose([*RECIPE, "precision=fp8_hybrid", "precision.bf16_first_tokens=4096"]))
+    assert outside_training(config.precision, config.parallel, "cuda") == PrecisionConfig(name="bf16")
 
 
 def test_shapes_that_fp8_cannot_multiply_are_bf16(fp8_machine: None) -> None:
@@ -141,9 +145,6 @@ def test_a_plan_says_what_auto_is_expected_to_be(
     assert plan.precision == f"auto, planned as {expected}"
     same = make_plan(parse(compose([*RECIPE, *asked, *overrides, f"precision={expected}"])), [])
     assert [p.tokens_per_second for p in plan.phases] == [p.tokens_per_second for p in same.phases]
-
-
-RECIPE = ("recipe=yxanul_197m_h100", "parallel.micro_batch_tokens=32768")
 
 
 def test_auto_is_planned_for_the_machine_at_hand(tmp_path: Path) -> None:

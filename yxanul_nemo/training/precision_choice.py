@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from yxanul_nemo.checkpoint.ledger import PhaseRecord
 from yxanul_nemo.config.run import RunConfig, check_fp8_widths
-from yxanul_nemo.config.training import NumberFormat, PrecisionConfig
+from yxanul_nemo.config.training import NumberFormat
 from yxanul_nemo.log import logger
 from yxanul_nemo.runtime import formats_of
 from yxanul_nemo.training.phases import Phase, batch_layout
@@ -59,13 +59,6 @@ def faster_of(
         ", ".join(speeds),
     )
     return chosen
-
-
-def as_trained(config: RunConfig, record: PhaseRecord | None, device: str) -> PrecisionConfig:
-    """The precision for a model outside of training: as configured, or with `auto` as its phase was trained where this machine can."""
-    formats = formats_of(config.precision, config.parallel, device)
-    is_here = record is not None and record.precision in formats
-    return config.precision.named(record.precision if is_here else formats[-1])
 
 
 def _why_not_fp8(config: RunConfig, phase: Phase, fp8: NumberFormat, data_parallel: int) -> str | None:

@@ -103,6 +103,7 @@ class CudaBackend:
         Gradients and the sum of losses are zeroed by the next step. A graph made here is dropped, as others are not made before the
         first step.
         """
+        use_graph = self.use_graph
         with scaling_state_kept(self.model, self.precision):
             try:
                 return self._median_seconds(self.is_fp8 and not in_bf16)
@@ -110,7 +111,7 @@ class CudaBackend:
                 return math.inf
             finally:
                 self._use_fp8(self.is_fp8)
-                self.graph = None
+                self.graph, self.use_graph = None, use_graph
 
     def _median_seconds(self, in_fp8: bool) -> float:
         self._use_fp8(in_fp8)

@@ -103,6 +103,18 @@ def test_the_shapes_of_a_gpu_give_the_same_sums(batch_tokens: int, monkeypatch: 
     assert nats == pytest.approx([plain_nats(model, text) for text in texts], rel=1e-12)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_sums() -> None:
+    model, texts = Bigrams(), documents([1, 2, 3, 17, 64, 65, 200])
+    expected = [plain_nats(model, text) for text in texts]
+    model.logits = model.logits.cuda()
+    for batch_tokens in (1, 64, 10**4):
+        nats = score_documents(
+            model, texts, eos_id=EOS, eval_len=100, stride=50, batch_tokens=batch_tokens, device="cuda"
+        )
+        assert nats == pytest.approx(expected, rel=1e-12)
+
+
 def test_domain_figures_follow_from_the_sums() -> None:
     texts = documents([5, 50, 20])
     nats = np.array([10.0, 120.0, 33.0])

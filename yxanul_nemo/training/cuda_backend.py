@@ -112,6 +112,9 @@ class CudaBackend:
             finally:
                 self._use_fp8(self.is_fp8)
                 self.graph, self.use_graph = None, use_graph
+                # What was held here is no part of the training's peak.
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
 
     def _median_seconds(self, in_fp8: bool) -> float:
         self._use_fp8(in_fp8)

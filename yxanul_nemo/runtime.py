@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
+from yxanul_nemo.config.training import NumberFormat, ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
 
 
@@ -83,6 +83,29 @@ def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device
 def rank_and_processes() -> tuple[int, int]:
     """This process's number among those that torchrun or srun has started, and how many these are."""
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def formats_of(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> tuple[NumberFormat, ...]:
+    """The number format of `precision`; of `auto` those that a phase may come to be trained in on this machine, FP8 first."""
+    if precision.name != "auto":
+        return (precision.name,)
+    if device == "cpu":
+        return ("fp32",)
+    try:
+        check_precision(precision.named("fp8_hybrid"), parallel, device)
+    except UserError:
+        return ("bf16",)
+    return ("fp8_hybrid", "bf16")
+
+
+def outside_training(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> PrecisionConfig:
+    """What a model that is only used computes in: BF16 where it was trained in FP8.
+
+    FP8's delayed scales follow from training passes. Weights alone would be multiplied with scales of 1, which no forward pass
+    without gradients ever mends (Transformer Engine 2.20, `autocast_exit`).
+    """
+    used = precision.named(formats_of(precision, parallel, device)[-1])
+    return precision.named("bf16") if used.is_fp8 else used
 
 
 def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> None:

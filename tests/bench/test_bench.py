@@ -16,7 +16,7 @@ from yxanul_nemo.errors import UserError
 
 def test_the_phases_of_a_curriculum_are_measured_with_their_own_steps() -> None:
     config = parse(compose(["recipe=yxanul_197m_h100", "parallel.micro_batch_tokens=65536"]))
-    cases = bench_cases(config)
+    cases = bench_cases(config, [config.precision.name])
     assert [case.phase.seq_len for case in cases] == [phase.seq_len for phase in config.curriculum.phases]
     for case, phase in zip(cases, config.curriculum.phases, strict=True):
         assert case.micro_batch_tokens * case.accumulation == phase.tokens_per_step
@@ -25,7 +25,7 @@ def test_the_phases_of_a_curriculum_are_measured_with_their_own_steps() -> None:
 
 def test_lists_are_tried_in_every_combination() -> None:
     asked = ("bench.seq_len=[8,100,2048]", "bench.precision=[bf16,fp8_hybrid]", "bench.micro_batch_tokens=[8192,16384]")
-    cases = bench_cases(parse(compose(["recipe=yxanul_197m_h100", *asked])))
+    cases = bench_cases(parse(compose(["recipe=yxanul_197m_h100", *asked])), ["fp8_hybrid"])
     assert len(cases) == 12 == len({case.name for case in cases})
     for case in cases:
         assert case.phase.tokens_per_step % case.phase.seq_len == 0
@@ -36,7 +36,7 @@ def test_lists_are_tried_in_every_combination() -> None:
 def test_a_length_without_positions_is_refused() -> None:
     with pytest.raises(UserError, match=r"bench\.seq_len: has 9000"):
         asked = ("parallel.micro_batch_tokens=65536", "bench.seq_len=[9000]")
-        bench_cases(parse(compose(["recipe=yxanul_197m_h100", *asked])))
+        bench_cases(parse(compose(["recipe=yxanul_197m_h100", *asked])), ["fp8_hybrid"])
 
 
 def test_the_figures_are_those_of_training_steps(

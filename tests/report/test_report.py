@@ -6,7 +6,7 @@ import math
 import shutil
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from yxanul_nemo.report.charts import smoothed
 from yxanul_nemo.report.comparison import distinct_labels
 from yxanul_nemo.report.gather import read_run
 from yxanul_nemo.report.samples import SAMPLES_NAME, Sample, read_or_make_samples
+from yxanul_nemo.report.single import trained_formats
 from yxanul_nemo.report.stage import run_report_stage
 from yxanul_nemo.report.style import MAX_POINTS, thinned
 from yxanul_nemo.training.identity import expected_run, phase_plan
@@ -263,3 +264,12 @@ def test_thinning_keeps_means_and_peaks() -> None:
     assert len(few_x) == len(means) == MAX_POINTS and (np.diff(few_x) > 0).all()
     assert means.mean() == pytest.approx(np.nanmean(y), abs=0.01)
     assert thinned(x, y, keep_peaks=True)[1].max() == 7.0
+
+
+def test_thetrained_formats_are_those_that_phases_were_trained_in(make_run: Callable[..., RunConfig]) -> None:
+    run = read_run(make_run().run.dir)
+    assert trained_formats(run) == "fp32"
+    begun = run.ledger.with_precision("bf16")
+    first = begun.phases[0].model_copy(update={"precision": "fp8_hybrid"})
+    both = begun.model_copy(update={"phases": (first, *begun.phases[1:])})
+    assert trained_formats(replace(run, ledger=both)) == "fp8_hybrid, bf16"

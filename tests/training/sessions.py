@@ -306,3 +306,26 @@ def train_on_a_full_disk(config: RunConfig, phases: Sequence[int], tokens: int, 
 
     HostSnapshot.write = write_without_room
     return refusals([config], phases)[0]
+
+
+def train_in_favoured(config: RunConfig, phases: Sequence[int], favoured: str, stop_at_tokens: int = 0) -> int:
+    """`train` on a GPU with `precision=auto`, to a stop if tokens for one are given, where that format counts as a thousand times as
+    fast as it was measured; how many measurements were made."""
+    from yxanul_nemo.training.cuda_backend import CudaBackend
+
+    count = 0
+    measure = CudaBackend.seconds_per_micro_batch
+
+    def measure_and_favour(backend: CudaBackend, in_bf16: bool) -> float:
+        nonlocal count
+        count += 1
+        seconds = measure(backend, in_bf16)
+        assert 0 < seconds < 1
+        return seconds / 1000 if in_bf16 == (favoured == "bf16") else seconds
+
+    CudaBackend.seconds_per_micro_batch = measure_and_favour
+    if stop_at_tokens:
+        assert train_until(config, phases, stop_at_tokens, signal.SIGTERM) == [False]
+    else:
+        assert train(config, phases) == [True]
+    return count

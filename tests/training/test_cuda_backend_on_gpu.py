@@ -128,6 +128,27 @@ def test_a_forward_between_steps_leaves_fp8_scales_as_they_were() -> None:
     assert losses(made, range(6, 9))[-1] < 20
 
 
+def test_measuring_both_formats_leaves_no_trace() -> None:
+    from yxanul_nemo.training.random_state import sharded_random_state
+
+    forget_fp8_state()
+    made = backend(config("precision=fp8_hybrid"))
+
+    def everything() -> dict[str, torch.Tensor]:
+        state = made.sharded_state() | sharded_random_state("cuda")
+        return {s.key + str(s.global_offset): s.data.detach().clone() for s in sharded_tensors(state)}
+
+    before = everything()
+    assert any(name.startswith("fp8.") for name in before)
+    assert all(0 < made.seconds_per_micro_batch(in_bf16) < 1 for in_bf16 in (False, True, False))
+    after = everything()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+    assert not made.graphs and made.model.config.fp8
+    found = losses(made, range(50))
+    assert made.graphs and found[-1] < found[0] - 1
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     made = backend(config("precision=bf16"))
     losses(made, range(3))

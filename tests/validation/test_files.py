@@ -49,7 +49,7 @@ def test_an_absolute_path_needs_no_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "template", "message"),
     [
-        (None, "{text}", r"validation\.domains\.math\.path: .*math\.jsonl does not exist"),
+        (None, "{text}", r"validation\.domains\.math\.path: .*math\.jsonl does not exist.*openai/gsm8k"),
         ("", "{text}", r"validation\.domains\.math: has no documents"),
         ("no json\n", "{text}", r"math\.jsonl: cannot be read"),
         ("[1]\n", "{text}", r"math\.jsonl: line 1 is no JSON object"),

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from yxanul_nemo.validation.scoring import Document, domain_score, score_documents, windows_of
+from yxanul_nemo.validation import scoring
+from yxanul_nemo.validation.scoring import Document, batches_of, domain_score, score_documents, windows_of
 from yxanul_nemo.validation.surprise import advice, surprise_ratios
 
 VOCAB, EOS = 50, 49
@@ -42,19 +43,46 @@ def plain_nats(model: Bigrams, document: Document) -> float:
     return total
 
 
-@given(n=st.integers(1, 500), eval_len=st.integers(1, 64), stride=st.integers(1, 64))
-def test_windows_score_each_token_once_with_context_within_bounds(n: int, eval_len: int, stride: int) -> None:
+@given(
+    n_tokens=st.lists(st.integers(0, 500), min_size=1, max_size=5),
+    eval_len=st.integers(1, 64),
+    stride=st.integers(1, 64),
+)
+def test_windows_score_each_token_once_with_context_within_bounds(
+    n_tokens: list[int], eval_len: int, stride: int
+) -> None:
     stride = min(stride, eval_len)
-    scored = []
-    for window in windows_of(0, n, eval_len, stride):
-        assert 1 <= window.length <= eval_len
-        stop = window.start + window.length
-        first = stop - window.scored
-        scored += range(first, stop)
-        assert window.start == 0 or first - window.start >= eval_len - stride, (
+    windows = windows_of(np.array(n_tokens), eval_len, stride)
+    scored: list[list[int]] = [[] for _ in n_tokens]
+    for document, start, length, count in zip(
+        windows.document_W, windows.start_W, windows.length_W, windows.scored_W, strict=True
+    ):
+        assert 1 <= length <= eval_len
+        stop = start + length
+        scored[document] += range(stop - count, stop)
+        assert start == 0 or stop - count - start >= eval_len - stride, (
             "a token lost the context that the stride promises"
         )
-    assert scored == list(range(n))
+    assert scored == [list(range(n)) for n in n_tokens]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 200), min_size=1, max_size=60),
+    batch_tokens=st.integers(1, 2000),
+    few_shapes=st.booleans(),
+)
+def test_batches_hold_each_window_once_and_fit(lengths: list[int], batch_tokens: int, few_shapes: bool) -> None:
+    length_W, seen = np.array(lengths), []
+    shapes = set()
+    for chosen, rows, columns in batches_of(length_W, batch_tokens, few_shapes):
+        assert 1 <= len(chosen) <= rows and length_W[chosen].max() <= columns
+        assert rows * columns % 16 == 0
+        assert rows * columns <= batch_tokens or rows == 1 or (rows, columns) == (2, 8)
+        seen += chosen.tolist()
+        shapes.add((rows, columns))
+    assert sorted(seen) == list(range(len(lengths)))
+    if few_shapes:
+        assert len(shapes) == len({columns for _, columns in shapes}) <= 6
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 7, 64, 10**6])
@@ -63,6 +91,28 @@ def test_sums_equal_a_plain_loop_whatever_batch_and_window(batch_tokens: int, ev
     model, texts = Bigrams(), documents([1, 2, 3, 17, 64, 65, 200])
     nats = score_documents(model, texts, eos_id=EOS, eval_len=eval_len, stride=stride, batch_tokens=batch_tokens)
     assert nats == pytest.approx([plain_nats(model, text) for text in texts], rel=1e-12)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64, 10**6])
+def test_the_shapes_of_a_gpu_give_the_same_sums(batch_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches of a GPU, with rows and columns that hold nothing, on a CPU."""
+    model, texts = Bigrams(), documents([1, 2, 3, 17, 64, 65, 200])
+    plan = scoring.batches_of
+    monkeypatch.setattr(scoring, "batches_of", lambda length_W, tokens, few_shapes: plan(length_W, tokens, True))
+    nats = score_documents(model, texts, eos_id=EOS, eval_len=100, stride=50, batch_tokens=batch_tokens)
+    assert nats == pytest.approx([plain_nats(model, text) for text in texts], rel=1e-12)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gives_the_same_sums() -> None:
+    model, texts = Bigrams(), documents([1, 2, 3, 17, 64, 65, 200])
+    expected = [plain_nats(model, text) for text in texts]
+    model.logits = model.logits.cuda()
+    for batch_tokens in (1, 64, 10**4):
+        nats = score_documents(
+            model, texts, eos_id=EOS, eval_len=100, stride=50, batch_tokens=batch_tokens, device="cuda"
+        )
+        assert nats == pytest.approx(expected, rel=1e-12)
 
 
 def test_domain_figures_follow_from_the_sums() -> None:

@@ -1,5 +1,6 @@
 """The same figures whatever batch, padding and number of ranks; and equal to a plain loop over the exported model."""
 
+import json
 import math
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_prep.indexed import IndexedTokens
 from data_prep.manifest import load_manifest
+from tests.export.conftest import MakeRun
 from tests.ranks import run_ranks
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.training.phases import plan_phases
 from yxanul_nemo.validation.record import find_result
 from yxanul_nemo.validation.scoring import Document
+from yxanul_nemo.validation.stage import validate_checkpoint
 from yxanul_nemo.validation.validate import evenly
 
 
@@ -90,6 +93,14 @@ def test_the_figures_are_those_of_a_plain_loop_over_the_exported_folder(exported
         assert score["loss_nats_per_token"] == pytest.approx(nats / tokens, rel=1e-6)
         assert score["bits_per_byte"] == pytest.approx(nats / math.log(2) / size_bytes, rel=1e-6)
         assert score["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+
+
+def test_the_best_checkpoint_is_chosen_by_the_named_metric(make_run: MakeRun) -> None:
+    config, checkpoint = make_run("validation.best_metric=code.perplexity", "validation.at_phase_len=false")
+    validate_checkpoint(config)
+    best = json.loads((config.run.dir / "checkpoints" / "best").read_text())
+    assert best["checkpoint"] == checkpoint.path.name and best["metric"] == "code.perplexity"
+    assert best["value"] == find_result(config, checkpoint)["domains"]["code"]["perplexity"]
 
 
 def test_a_part_of_the_documents_is_spread_evenly() -> None:

@@ -1,12 +1,12 @@
 """The cases of a benchmark, from the configuration alone (no torch)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from yxanul_nemo.config.curriculum import PhaseConfig
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.config.training import NumberFormat, PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.training.phases import Phase, batch_layout, check_chunks, plan_phases
 
@@ -34,10 +34,11 @@ class Case:
         return f"{self.precision.name} seq_len {self.phase.seq_len} micro-batch {self.micro_batch_tokens} x {self.accumulation}"
 
 
-def bench_cases(config: RunConfig, data_parallel: int = 1) -> list[Case]:
+def bench_cases(config: RunConfig, formats: Sequence[NumberFormat], data_parallel: int = 1) -> list[Case]:
     """Every combination that `bench` asks for, without repetitions; `parallel.micro_batch_tokens` is a number here.
 
     Args:
+        formats: the recipe's, measured where `bench.precision` names none.
         data_parallel: ranks that share a step's windows.
 
     Raises:
@@ -45,21 +46,13 @@ def bench_cases(config: RunConfig, data_parallel: int = 1) -> list[Case]:
     """
     found: dict[tuple[int, int, str, int], Case] = {}
     for micro_batch_tokens in config.bench.micro_batch_tokens or [config.parallel.micro_batch_tokens]:
-        for precision in _precisions(config):
+        for precision in map(config.precision.named, config.bench.precision or formats):
             for phase in _phases(config, micro_batch_tokens, data_parallel):
                 check_chunks(phase, config.parallel.context_parallel)
                 size, accumulation = batch_layout(phase, data_parallel, micro_batch_tokens, precision.token_multiple)
                 key = (phase.seq_len, phase.tokens_per_step, precision.name, size)
                 found.setdefault(key, Case(phase, precision, size, accumulation))
     return list(found.values())
-
-
-def _precisions(config: RunConfig) -> Iterator[PrecisionConfig]:
-    for name in config.bench.precision or [config.precision.name]:
-        changed = {"name": name}
-        if not PrecisionConfig(name=name).is_fp8:
-            changed["fp8_attention"] = False
-        yield PrecisionConfig(**(config.precision.model_dump() | changed))
 
 
 def _phases(config: RunConfig, micro_batch_tokens: int, data_parallel: int) -> list[Phase]:

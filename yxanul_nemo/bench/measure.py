@@ -1,6 +1,5 @@
 """One case, timed: the session's own backend, windows, loader and meter, in a loop of whole optimizer steps."""
 
-import gc
 import itertools
 import statistics
 import threading
@@ -20,7 +19,7 @@ from yxanul_nemo.launch.gpus import read_power_watts
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.training.agreement import any_rank
-from yxanul_nemo.training.backend import Backend, make_backend
+from yxanul_nemo.training.backend import Backend, forget_backends, make_backend
 from yxanul_nemo.training.metrics import StepMeter
 
 POWER_PERIOD_SECONDS = 0.25
@@ -62,7 +61,7 @@ class Result:
 def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: int, device: str) -> Result:
     """Time `bench.steps` optimizer steps after `bench.warmup_steps`; everything that the case held is freed again."""
     config = config.model_copy(update={"precision": case.precision})
-    _forget_states(device)
+    forget_backends(device)
     began = time.perf_counter()
     phase, bench = case.phase, config.bench
     model = build_model(
@@ -177,14 +176,3 @@ def power_readings(device: str) -> Iterator[list[float]]:
     finally:
         stopped.set()
         thread.join()
-
-
-def _forget_states(device: str) -> None:
-    """Free what the case before held: FP8 scales are global in Transformer Engine, memory is in torch's cache."""
-    gc.collect()
-    if device == "cuda":
-        from yxanul_nemo.model.fp8_state import forget_fp8_state
-
-        forget_fp8_state()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()

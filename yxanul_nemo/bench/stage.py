@@ -29,7 +29,7 @@ from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.model.memory import GIB, MEASURED_VOCAB_SIZE, with_micro_batch
-from yxanul_nemo.runtime import rank_and_processes, resolve_device
+from yxanul_nemo.runtime import formats_of, rank_and_processes, resolve_device
 from yxanul_nemo.training.micro_batch import gpu_memory_bytes
 from yxanul_nemo.training.phases import source_sizes
 from yxanul_nemo.training.records import peak_flops_per_second
@@ -51,7 +51,8 @@ def run_bench_stage(config: RunConfig) -> bool:
     if rank:
         logger.setLevel(logging.WARNING)
     model_ranks = config.parallel.tensor_parallel * config.parallel.context_parallel
-    cases = bench_cases(config, max(1, processes // model_ranks))
+    formats = formats_of(config.precision, config.parallel, device)
+    cases = bench_cases(config, formats, max(1, processes // model_ranks))
     logger.info("%d cases on %d x %s, data: %s", len(cases), processes, _device_name(device), corpus.description)
     peak = peak_flops_per_second(PrecisionConfig(name="bf16"), device, devices=processes)
     rows: list[dict[str, Any]] = []

@@ -71,6 +71,8 @@ class PhaseRecord(PhasePlan):
     """Processes, as last trained."""
     adapted_blend: dict[str, Share] | None = None
     """Shares that the phase is trained with where `curriculum.adapt_blend` moved them from `blend`; None: `blend` itself."""
+    precision: str | None = None
+    """Number format of the layers, as last trained: with `precision=auto` the one chosen. None: not recorded."""
 
     @model_validator(mode="after")
     def _sums(self) -> Self:
@@ -273,6 +275,18 @@ class Ledger(_Frozen):
             f"world_size {before[1]} -> {world_size}"
         )
         return _with(self, phases=(*self.phases[:-1], record)).with_note(note)
+
+    def with_precision(self, name: str) -> "Ledger":
+        """Record the number format that the current phase is trained in from here on; a note is kept where it was another."""
+        if self.current is None:
+            raise ValueError("no phase was begun")
+        before = self.current.precision
+        if before == name:
+            return self
+        changed = _with(self, phases=(*self.phases[:-1], _with(self.current, precision=name)))
+        if before is None:
+            return changed
+        return changed.with_note(f"phase {self.phase} at {self.tokens_total} tokens: precision {before} -> {name}")
 
     def with_note(self, note: str) -> "Ledger":
         """The same with one more note."""

@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from yxanul_nemo.config.base import Section
-from yxanul_nemo.config.training import PrecisionName
+from yxanul_nemo.config.training import NumberFormat
 
 
 class BenchConfig(Section):
@@ -11,8 +11,8 @@ class BenchConfig(Section):
 
     seq_len: list[int] | None = Field(default=None, min_length=1)
     """Window lengths in tokens; unset: each phase of the curriculum with its own `tokens_per_step`."""
-    precision: list[PrecisionName] | None = Field(default=None, min_length=1)
-    """Number formats; unset: the recipe's."""
+    precision: list[NumberFormat] | None = Field(default=None, min_length=1)
+    """Number formats; unset: the recipe's, which for `precision=auto` are all that it chooses from."""
     micro_batch_tokens: list[int] | None = Field(default=None, min_length=1)
     """Largest micro-batches in tokens; unset: the recipe's."""
     tokens_per_step: int | None = Field(default=None, ge=1)

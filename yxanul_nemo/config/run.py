@@ -93,7 +93,6 @@ class RunConfig(Section):
                     f"{most}; a micro-batch must hold at least one window"
                 )
             _check_blend(f"curriculum phase {number}", phase.blend or self.curriculum.blend, self.data.source_names)
-            _check_fp8_tokens(f"curriculum phase {number}", phase, self.precision)
         if self.validation.eval_len > limit:
             raise ValueError(
                 f"validation.eval_len={self.validation.eval_len} is over model.max_position_embeddings={limit}"
@@ -117,7 +116,7 @@ class RunConfig(Section):
             raise ValueError(
                 f"model.kv_groups={self.model.kv_groups} is not a multiple of parallel.tensor_parallel={self.parallel.tensor_parallel}"
             )
-        _check_fp8_widths(self.model, self.precision, self.parallel)
+        check_fp8_shapes(self, self.precision)
         if self.model.hidden_size % self.model.num_attention_heads:
             # transformers 5.23 checks this even where head_dim is given, and every export is compared with its Llama.
             raise ValueError(
@@ -139,6 +138,13 @@ def _check_blend(where: str, blend: Mapping[str, float] | None, sources: tuple[s
         raise ValueError(f"{where}: blend gives every source the share 0; the shares must have a sum above 0")
 
 
+def check_fp8_shapes(config: RunConfig, precision: PrecisionConfig) -> None:
+    """Raise ValueError where `precision` is FP8 and cannot multiply the model's matrices or a phase's steps."""
+    for number, phase in enumerate(config.curriculum.phases, start=1):
+        _check_fp8_tokens(f"curriculum phase {number}", phase, precision)
+    check_fp8_widths(config.model, precision, config.parallel)
+
+
 def _check_fp8_tokens(where: str, phase: PhaseConfig, precision: PrecisionConfig) -> None:
     multiple = precision.token_multiple
     if phase.tokens_per_step % multiple:
@@ -148,7 +154,8 @@ def _check_fp8_tokens(where: str, phase: PhaseConfig, precision: PrecisionConfig
         )
 
 
-def _check_fp8_widths(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig) -> None:
+def check_fp8_widths(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig) -> None:
+    """Raise ValueError where FP8 cannot multiply the model's matrices; nothing in other formats."""
     if not precision.is_fp8:
         return
     multiple, tensor_parallel = precision.width_multiple, parallel.tensor_parallel

@@ -10,7 +10,7 @@ SHORTEST_CONTEXT_CHUNK = 128
 """Tokens. Context-parallel ranks hold two chunks of a window each, and attention goes from chunk to chunk; cuDNN's fails inside a CUDA
 graph below this length (illegal memory access; Transformer Engine 2.20, cuDNN 9.14), and there is no other that knows chunks."""
 
-PrecisionName = Literal["fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8"]
+NumberFormat = Literal["fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8"]
 
 
 class OptimConfig(Section):
@@ -39,9 +39,10 @@ class OptimConfig(Section):
 class PrecisionConfig(Section):
     """Number formats. Main parameters, gradient accumulation and loss are FP32 in all of them."""
 
-    name: PrecisionName
-    """`fp8_hybrid`: E4M3 forward, E5M2 backward, delayed scaling; `fp8_e4m3`: E4M3 in both, delayed; `fp8_current`: hybrid formats
-    scaled by the current tensor; `mxfp8`: Blackwell's block format."""
+    name: Literal["auto", NumberFormat]
+    """`auto`: in each phase the faster one of fp8_hybrid and bf16, as measured; `fp8_hybrid`: E4M3 forward, E5M2 backward, delayed
+    scaling; `fp8_e4m3`: E4M3 in both, delayed; `fp8_current`: hybrid formats scaled by the current tensor; `mxfp8`: Blackwell's block
+    format."""
     fp8_amax_history_len: int = Field(default=16, ge=1)
     """Steps of largest-value history behind a delayed scale."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
@@ -54,7 +55,7 @@ class PrecisionConfig(Section):
     @property
     def is_fp8(self) -> bool:
         """Whether Transformer Engine's FP8 autocast is used."""
-        return self.name not in ("fp32", "bf16")
+        return self.name not in ("auto", "fp32", "bf16")
 
     @property
     def token_multiple(self) -> int:
@@ -67,8 +68,17 @@ class PrecisionConfig(Section):
         """What the width of every matrix in a layer must be a multiple of, from the same places: 16, and 32 in MXFP8."""
         return 1 if not self.is_fp8 else 32 if self.name == "mxfp8" else 16
 
+    def named(self, name: NumberFormat) -> "PrecisionConfig":
+        """The same in another format, without what means something in FP8 alone where that is none."""
+        changed = self.model_copy(update={"name": name})
+        return (
+            changed if changed.is_fp8 else changed.model_copy(update={"fp8_attention": False, "bf16_first_tokens": 0})
+        )
+
     @model_validator(mode="after")
     def _fp8_only(self) -> "PrecisionConfig":
+        if self.name == "auto":
+            return self
         if not self.is_fp8 and self.fp8_attention:
             raise ValueError(f"fp8_attention=true has no meaning with name={self.name}")
         if not self.is_fp8 and self.bf16_first_tokens:

@@ -13,7 +13,7 @@ from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.memory import MOST_MICRO_BATCH_TOKENS
-from yxanul_nemo.runtime import check_precision, resolve_device, resolve_layer_spec, te_version
+from yxanul_nemo.runtime import check_precision, formats_of, resolve_device, resolve_layer_spec, te_version
 
 PRECISIONS = ("fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8")
 PROBE_VOCAB, PROBE_WINDOWS, PROBE_SEQ_LEN = 1024, 4, 128
@@ -26,22 +26,22 @@ def check_machine(config: RunConfig) -> bool:
     try:
         device = resolve_device(config.parallel)
         spec = resolve_layer_spec(config.parallel, device)
-        check_precision(config.precision, config.parallel, device)
+        formats = formats_of(config.precision, config.parallel, device)
+        check_precision(config.precision.named(formats[0]), config.parallel, device)
     except UserError as error:
         logger.info("this recipe cannot run here: %s", error)
         return False
-    logger.info("recipe %s: %s on %s with %s layers", config.run.name, config.precision.name, device, spec)
+    logger.info("recipe %s: %s on %s with %s layers", config.run.name, " or ".join(formats), device, spec)
     if spec == "te":
         for line in describe_attention(config):
             logger.info("%s", line)
     results = {name: probe_precision(config, name) for name in PRECISIONS}
     for name, result in results.items():
         logger.info("precision %-11s %s", name, result)
-    if results[config.precision.name] != "works":
-        logger.info(
-            "this recipe cannot run here: precision %s %s", config.precision.name, results[config.precision.name]
-        )
-        return False
+    for name in formats:
+        if results[name] != "works":
+            logger.info("this recipe cannot run here: precision %s %s", name, results[name])
+            return False
     logger.info("this recipe can run here")
     return True
 

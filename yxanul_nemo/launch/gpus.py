@@ -3,7 +3,7 @@
 import shutil
 import subprocess
 
-from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.run import RunConfig, check_fp8_shapes
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.gpu_table import BY_KEY, Gpu, gpu_named
@@ -61,9 +61,24 @@ def choose_gpu(config: RunConfig, found: list[str]) -> tuple[Gpu | None, str]:
                 "Name the one that is nearest to it, as in plan.gpu=h100.",
             )
         return gpu, "found here"
-    if config.precision.name == "fp32":
+    if config.precision.name in ("fp32", "auto"):
         return None, "no GPU was found here"
     return BY_KEY["h100"], "no GPU was found here; another is chosen by plan.gpu"
+
+
+def planned_precision(config: RunConfig, gpu: Gpu | None) -> PrecisionConfig:
+    """The configured precision; for `auto`, which training decides by measuring, what it is expected to come to on a GPU (None: a CPU)."""
+    if config.precision.name != "auto":
+        return config.precision
+    if gpu is None:
+        return config.precision.named("fp32")
+    fp8 = config.precision.named("fp8_hybrid")
+    try:
+        check_gpu_precision(fp8, gpu)
+        check_fp8_shapes(config, fp8)
+    except ValueError:
+        return config.precision.named("bf16")
+    return fp8
 
 
 def check_gpu_precision(precision: PrecisionConfig, gpu: Gpu | None) -> None:

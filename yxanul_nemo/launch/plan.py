@@ -11,7 +11,7 @@ from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.gpu_table import Gpu
 from yxanul_nemo.launch.estimates import CHECKPOINT_BYTES_PER_PARAMETER, Speed, forecast_speed
-from yxanul_nemo.launch.gpus import check_gpu_precision, choose_gpu
+from yxanul_nemo.launch.gpus import check_gpu_precision, choose_gpu, planned_precision
 from yxanul_nemo.launch.plan_warnings import plan_warnings
 from yxanul_nemo.launch.processes import process_count, threads_per_process, world_size
 from yxanul_nemo.launch.progress_made import PhaseDone, phases_done
@@ -140,7 +140,8 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         UserError: training would refuse this run as well, for the same reason.
     """
     gpu, gpu_chosen = choose_gpu(config, found)
-    check_gpu_precision(config.precision, gpu)
+    precision = planned_precision(config, gpu)
+    check_gpu_precision(precision, gpu)
     ranks, data_parallel = _ranks(config, gpu)
     phases = plan_phases(config.curriculum)
     manifest = load_manifest(config.data_dir) if (config.data_dir / MANIFEST_NAME).exists() else None
@@ -152,6 +153,8 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         expected = expected_run(config, manifest, phases)
         ledger.require_matches(expected, config.checkpoint.allow_mismatch, where=checkpoint.path)
     vocab_size, vocab_size_source = _vocab_size(config, manifest)
+    is_auto = config.precision.name == "auto"
+    config = config.model_copy(update={"precision": precision})
     config = with_micro_batch(config, vocab_size, gpu.memory_bytes if gpu else None)
     text = _TextLength(config, manifest, sizes)
     done = phases_done(config.run.dir, ledger, phases)
@@ -172,7 +175,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         vocab_size=vocab_size,
         vocab_size_source=vocab_size_source,
         tokenizer=config.tokenizer.name,
-        precision=config.precision.name,
+        precision=f"auto, planned as {precision.name}" if is_auto else precision.name,
         gpu=gpu.name if gpu else "CPU",
         gpu_chosen=gpu_chosen,
         gpu_memory_bytes=gpu.memory_bytes if gpu else None,

@@ -14,11 +14,13 @@ def build_model(
     parallel: ParallelConfig,
     seed: int,
     seq_len: int | None = None,
+    drawn: bool = True,
 ) -> YxanulGPT:
     """A freshly initialized model on the device of `parallel`; the same seed gives the same weights on every device and layout.
 
     Args:
         seq_len: length that it will run at, where that is fixed; decides which attention is used on a GPU.
+        drawn: False leaves the weights as memory has them, where all of them are loaded next.
 
     Raises:
         UserError: the machine cannot run this precision, layer spec or layout.
@@ -29,7 +31,8 @@ def build_model(
     init_process_groups(parallel, device, seed)
     config = transformer_config(model, precision, parallel, layer_spec, device == "cuda", seq_len)
     built = YxanulGPT(model, config, vocab_size, layer_spec)
-    initialize(built, model, seed)
+    if drawn:
+        initialize(built, model, seed)
     return built.to(device)
 
 

@@ -117,6 +117,7 @@ def transformer_config(
     seq_len: int | None = None,
 ) -> TransformerConfig:
     """Megatron-core's configuration of the blocks. `layer_spec` is `te` or `torch`, already resolved."""
+    assert precision.name != "auto", "chosen by now"
     with_te = layer_spec == "te"
     dtype = torch.float32 if precision.name == "fp32" else torch.bfloat16
     fp8: dict[str, object] = {}

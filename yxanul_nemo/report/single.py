@@ -146,9 +146,15 @@ def _cards(run: Run) -> list[Card]:
             "without saving, validation",
         ),
         Card("tokens per second", count(speed, 3) if speed else NONE, reached if speed else ""),
-        Card("parameters", count(run.plan.parameters, 4) if run.plan else NONE, f"{run.config.precision.name}{gpus}"),
+        Card("parameters", count(run.plan.parameters, 4) if run.plan else NONE, f"{trained_formats(run)}{gpus}"),
         Card("skipped steps", f"{skipped:,}", "gradient was not finite"),
     ]
+
+
+def trained_formats(run: Run) -> str:
+    """Number formats that phases were trained in, in the order of first use; as configured where none is recorded."""
+    recorded = [record.precision for record in run.ledger.phases if record.precision] if run.ledger else []
+    return ", ".join(dict.fromkeys(recorded)) or run.config.precision.name
 
 
 def _some(charts: Mapping[str, Chart], *names: str) -> list[Chart]:

@@ -27,6 +27,15 @@ def any_rank_each(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(number) for number in numbers)
 
 
+def largest_of_ranks(number: float) -> float:
+    """The largest of all ranks' numbers; the tensor is on the CPU, so no GPU waits."""
+    if dist.get_world_size() == 1:
+        return number
+    numbers = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return float(numbers)
+
+
 def from_first_rank[Found](find: Callable[[], Found], group: dist.ProcessGroup | None = None) -> Found:
     """What `find()` returns on rank 0, on every rank; raises its UserError on every rank."""
     if dist.get_world_size() == 1:

@@ -1,11 +1,14 @@
 """What training needs of a device, and the one place where the device is chosen."""
 
+import gc
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.model.fp8_state import forget_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.guard import UpdateGuard
 
@@ -43,6 +46,12 @@ class Backend(Protocol):
     def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
         """Take FP8's delayed scales from a batch, without an update: for the step at which FP8 takes over from BF16."""
 
+    def seconds_per_micro_batch(self, in_bf16: bool) -> float:
+        """Median time of forward and backward of a prepared micro-batch; infinite if memory runs out. Changes no state of the training.
+
+        Called between `prepare` and the first step, where there is a choice (`precision=auto`).
+        """
+
     def sharded_state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to go on bit by bit, as Megatron-core's sharded tensors over live storage."""
 
@@ -51,6 +60,15 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """The end of training; must be called before ranks part."""
+
+
+def forget_backends(device: str) -> None:
+    """Free what models hold that nothing refers to any more: FP8 scales are global in Transformer Engine, memory is in torch's cache."""
+    gc.collect()
+    if device == "cuda":
+        forget_fp8_state()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def make_backend(model: YxanulGPT, config: RunConfig, device: str) -> Backend:

@@ -62,6 +62,10 @@ class CpuBackend:
     def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
         """A CPU has no scales."""
 
+    def seconds_per_micro_batch(self, in_bf16: bool) -> float:
+        """A CPU has one number format, so that nothing is to be chosen."""
+        raise AssertionError("a CPU has no FP8 to compare with")
+
     def sharded_state(self) -> dict[str, Any]:
         """Weights, optimizer and guard, as views that a checkpoint's tensors can be copied into."""
         return self.optimizer.sharded_state(self.model.sharded_state_dict()) | self.guard.sharded_state()

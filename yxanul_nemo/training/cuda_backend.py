@@ -1,5 +1,8 @@
 """Training on GPUs: Transformer Engine layers, forward and backward in a CUDA graph, what ranks say to each other inside graphs too."""
 
+import itertools
+import math
+import statistics
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -13,7 +16,7 @@ from torch import Tensor
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.context import WindowSlices
-from yxanul_nemo.model.fp8_state import sharded_fp8_state
+from yxanul_nemo.model.fp8_state import scaling_state_kept, sharded_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
 from yxanul_nemo.training.flat_parameters import FlatParameters
@@ -23,6 +26,8 @@ from yxanul_nemo.training.optimizer import MainParamAdamW
 WARMUP_PASSES = 3
 """Passes before capture: lazily made state (FP8 scales, cuBLAS workspaces, compiled kernels) must exist by then."""
 
+TIMED_PASSES = 10
+
 
 class CudaBackend:
     """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
@@ -30,6 +35,7 @@ class CudaBackend:
     def __init__(self, model: YxanulGPT, config: RunConfig):
         self.model = model
         self.guard = UpdateGuard(config.guards, torch.device("cuda", torch.cuda.current_device()))
+        self.precision = config.precision
         self.is_fp8 = config.precision.is_fp8
         self.fp8_format = model.config.fp8
         self.use_graph = config.parallel.cuda_graph
@@ -98,6 +104,39 @@ class CudaBackend:
         for _ in range(WARMUP_PASSES):
             self._forward_backward()
 
+    def seconds_per_micro_batch(self, in_bf16: bool) -> float:
+        """Median time of forward and backward of the prepared micro-batch, as a graph where training uses one; infinite if memory runs out.
+
+        Gradients and the sum of losses are zeroed by the next step. A graph made here is dropped, as others are not made before the
+        first step.
+        """
+        use_graph = self.use_graph
+        with scaling_state_kept(self.model, self.precision):
+            try:
+                return self._median_seconds(self.is_fp8 and not in_bf16)
+            except torch.OutOfMemoryError:
+                return math.inf
+            finally:
+                self._use_fp8(self.is_fp8)
+                self.use_graph = use_graph
+                # What was held here is no part of the training's peak.
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+
+    def _median_seconds(self, in_fp8: bool) -> float:
+        self._use_fp8(in_fp8)
+        graph = self._captured(self._forward_backward) if self.use_graph else None
+        run = self._forward_backward if graph is None else graph.replay
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_PASSES + 1)]
+        for _ in range(WARMUP_PASSES):
+            run()
+        for mark in marks[:-1]:
+            mark.record()
+            run()
+        marks[-1].record()
+        torch.cuda.synchronize()
+        return statistics.median(a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks))
+
     def sharded_state(self) -> dict[str, Any]:
         """Weights, optimizer, guard and FP8 scales, as views that a checkpoint's tensors can be copied into."""
         state = self.optimizer.sharded_state(self.model.sharded_state_dict()) | self.guard.sharded_state()
@@ -129,7 +168,6 @@ class CudaBackend:
         if wanted == bool(self.model.config.fp8) or not self.is_fp8:
             return
         self.model.config.fp8 = self.fp8_format if wanted else None
-        logger.info("layers compute in %s from here on", "FP8" if wanted else "BF16")
         self.graphs = {}
         if not wanted:
             # What BF16 products need must exist before capture; for FP8 `prepare` has seen to it. The gradients are zeroed next.

@@ -21,7 +21,7 @@ def restore_model(
     ledger = checkpoint.read_ledger()
     if ledger.model_fingerprint != fingerprint({"model": config.model.model_dump(), "vocab_size": vocab_size}):
         raise UserError(checkpoint.path, "is of another model", f"model={config.model.name} with {vocab_size:,} ids")
-    model = build_model(config.model, vocab_size, precision, parallel, config.run.seed)
+    model = build_model(config.model, vocab_size, precision, parallel, config.run.seed, drawn=False)
     ShardReader(checkpoint.path).load_into(model.sharded_state_dict(prefix="model."))
     model.eval()
     return model

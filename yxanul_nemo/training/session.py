@@ -11,11 +11,12 @@ from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
 from data_prep.manifest import load_manifest
-from yxanul_nemo.checkpoint.ledger import Ledger
+from yxanul_nemo.checkpoint.ledger import Ledger, PhaseRecord
 from yxanul_nemo.checkpoint.shards import ShardReader
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.training import NumberFormat
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.data.windows import PhaseBatches, PhaseWindows, corpus_streams
 from yxanul_nemo.errors import UserError
@@ -25,10 +26,10 @@ from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.model.fp8_state import without_absent_scales
 from yxanul_nemo.model.memory import with_micro_batch
-from yxanul_nemo.runtime import resolve_device
+from yxanul_nemo.runtime import init_process_groups, resolve_device
 from yxanul_nemo.training.adapt import adapted_blend, ratios_after
-from yxanul_nemo.training.agreement import any_rank, from_first_rank
-from yxanul_nemo.training.backend import Backend, make_backend
+from yxanul_nemo.training.agreement import any_rank, from_first_rank, largest_of_ranks
+from yxanul_nemo.training.backend import Backend, forget_backends, make_backend
 from yxanul_nemo.training.callbacks import BetweenSteps
 from yxanul_nemo.training.identity import expected_run, phase_plan
 from yxanul_nemo.training.metrics import StepMeter
@@ -42,6 +43,7 @@ from yxanul_nemo.training.phases import (
     source_sizes,
     total_tokens,
 )
+from yxanul_nemo.training.precision_choice import faster_of, formats_for
 from yxanul_nemo.training.random_state import restore_random_state, sharded_random_state
 from yxanul_nemo.training.records import Recorder, Show, log_line, peak_flops_per_second
 from yxanul_nemo.training.saving import CheckpointSaver
@@ -73,30 +75,16 @@ class PhaseSession:
         self.phase: Phase = self.phases[number - 1]
         check_chunks(self.phase, config.parallel.context_parallel)
         self.device = resolve_device(config.parallel)
-        memory_bytes = gpu_memory_bytes(self.device)
-        self.asked_for = config.parallel.micro_batch_tokens
-        self.config = config = with_micro_batch(config, self.manifest.vocab_size, memory_bytes)
+        self.asked_for = config
+        """What `self.config` has numbers and names for where this says auto."""
+        self.config = with_micro_batch(config, self.manifest.vocab_size, gpu_memory_bytes(self.device))
         self.store = CheckpointStore.of_run(config)
-        model = build_model(
-            config.model,
-            self.manifest.vocab_size,
-            config.precision,
-            config.parallel,
-            config.run.seed,
-            seq_len=self.phase.seq_len,
-        )
-        self.backend: Backend = make_backend(model, config, self.device)
+        init_process_groups(config.parallel, self.device, config.run.seed)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.checkpoint: Checkpoint | None = self._checkpoint_to_go_on_from()
         """The one whose state is loaded."""
-        self.layout = fit_batch(
-            self.phase,
-            parallel_state.get_data_parallel_world_size(),
-            self._most_tokens(),
-            config.precision.token_multiple,
-            self.backend.prepare,
-            any_rank,
-        )
+        self.under_way = self._under_way()
+        self._build()
         self.ledger = self._resume()
         self.windows = self._windows()
 
@@ -135,16 +123,60 @@ class PhaseSession:
             checkpoint = from_first_rank(lambda: self.store.newest_good(phase_end_of=number)) or checkpoint
         return checkpoint
 
+    def _under_way(self) -> PhaseRecord | None:
+        """What is recorded of this phase if it was begun."""
+        ledger = self.checkpoint.read_ledger() if self.checkpoint is not None else None
+        return ledger.current if ledger is not None and ledger.phase == self.phase.number else None
+
+    def _build(self) -> None:
+        """Model, optimizer and batch layout, in the number format of the phase."""
+        data_parallel = parallel_state.get_data_parallel_world_size()
+        formats = formats_for(self.config, self.phase, self.under_way, data_parallel, self.device)
+        self._build_in(formats[0], data_parallel)
+        if len(formats) == 1:
+            return
+        chosen = faster_of(
+            formats,
+            self.layout.micro_batch_size * self.phase.seq_len,
+            self.backend.seconds_per_micro_batch,
+            largest_of_ranks,
+            self.phase.number,
+        )
+        if chosen != formats[0]:
+            del self.backend
+            forget_backends(self.device)
+            self._build_in(chosen, data_parallel)
+
+    def _build_in(self, number_format: NumberFormat, data_parallel: int) -> None:
+        precision = self.config.precision.named(number_format)
+        self.config = config = self.config.model_copy(update={"precision": precision})
+        model = build_model(
+            config.model,
+            self.manifest.vocab_size,
+            config.precision,
+            config.parallel,
+            config.run.seed,
+            seq_len=self.phase.seq_len,
+        )
+        self.backend: Backend = make_backend(model, config, self.device)
+        self.layout = fit_batch(
+            self.phase,
+            data_parallel,
+            self._most_tokens(),
+            config.precision.token_multiple,
+            self.backend.prepare,
+            any_rank,
+        )
+
     def _most_tokens(self) -> int:
         """Of a micro-batch: as configured, or what a phase under way was found to fit into."""
-        ledger = self.checkpoint.read_ledger() if self.checkpoint is not None else None
-        if self.asked_for == "auto" and ledger is not None and ledger.phase == self.phase.number:
-            return ledger.current.micro_batch_size * self.phase.seq_len
+        if self.asked_for.parallel.micro_batch_tokens == "auto" and self.under_way is not None:
+            return self.under_way.micro_batch_size * self.phase.seq_len
         return self.config.parallel.micro_batch_tokens
 
     def _resume(self) -> Ledger:
         number, checkpoint = self.phase.number, self.checkpoint
-        expected = expected_run(self.config, self.manifest, self.phases)
+        expected = expected_run(self.asked_for, self.manifest, self.phases)
         if checkpoint is None:
             ledger = Ledger.fresh(expected)
         else:
@@ -153,7 +185,7 @@ class PhaseSession:
             )
             self._load(checkpoint)
         if ledger.phase == number:
-            return ledger.with_layout(self.layout.micro_batch_size, self.world_size)
+            return self._as_trained_here(ledger)
         if ledger.phase != number - 1 or (ledger.current is not None and not ledger.current.finished):
             raise UserError(
                 f"phases={number}",
@@ -162,9 +194,14 @@ class PhaseSession:
                 f"Run `python launcher.py stage=train` without phases=, or with phases={max(1, ledger.phase)}-{number}.",
             )
         self.backend.guard.reset()
-        return ledger.start_phase(
+        begun = ledger.start_phase(
             phase_plan(self.phase), self.layout.micro_batch_size, self.world_size, self._adapted_blend(ledger)
         )
+        return self._as_trained_here(begun)
+
+    def _as_trained_here(self, ledger: Ledger) -> Ledger:
+        ledger = ledger.with_layout(self.layout.micro_batch_size, self.world_size)
+        return ledger.with_precision(self.config.precision.name)
 
     def _adapted_blend(self, ledger: Ledger) -> dict[str, float] | None:
         """The shares of the phase that begins, where `curriculum.adapt_blend` moves them; not of the first, before any validation."""
@@ -223,6 +260,8 @@ class PhaseSession:
             self.layout.micro_batch_size,
             first_step,
         )
+        if module.tokens_total < config.precision.bf16_first_tokens:
+            logger.info("in BF16 up to %s tokens of the run, then in FP8", f"{config.precision.bf16_first_tokens:,}")
         watchdog = Watchdog(config.guards.hang_seconds, f"rank {self.rank}", others=self.world_size > 1)
         trainer = pl.Trainer(
             accelerator="gpu" if self.device == "cuda" else "cpu",

@@ -1,6 +1,9 @@
 """Held-out documents of the configured domains, as token ids and bytes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,26 +12,45 @@ from data_prep.manifest import CorpusManifest, load_manifest
 from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.config.outputs import DomainConfig, ValidationConfig
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.validation.files import empty_domain, texts
+from yxanul_nemo.validation.files import empty_domain, file_of, texts
 from yxanul_nemo.validation.scoring import Document
+from yxanul_nemo.validation.token_cache import TokenCache
 
 
-def load_domains(config: RunConfig, manifest: CorpusManifest, tokenizer: Tokenizer) -> dict[str, list[Document]]:
-    """Name -> documents with at least one token.
+def load_domains(
+    config: RunConfig, manifest: CorpusManifest, tokenizer: Callable[[], Tokenizer]
+) -> dict[str, list[Document]]:
+    """Name -> documents with at least one token; text is tokenized where the run's folder does not hold its tokens yet.
+
+    Args:
+        tokenizer: gives the one of `manifest.tokenizer_fingerprint`; called only if something is to be tokenized.
 
     Raises:
         UserError: a file is absent or unreadable, a column is missing, or a domain is empty.
     """
-    domains = {}
+    cache, domains = TokenCache(config.run.dir / "validation" / "documents"), {}
     for name, domain in config.validation.domains.items():
+        made_from = {
+            "tokenizer": manifest.tokenizer_fingerprint,
+            "template": domain.template,
+            "max_documents": domain.max_documents,
+        }
         if domain.source is not None:
-            documents = _heldout(config, manifest, tokenizer, domain)
+            made_from |= {"corpus": manifest.fingerprint, "source": domain.source}
+            documents = cache.documents(made_from, partial(_heldout, config, manifest, tokenizer, domain))
         else:
-            documents = _from_file(config.validation, name, domain, tokenizer)
+            made_from |= _identity(file_of(config.validation, f"validation.domains.{name}.path", domain))
+            documents = cache.documents(made_from, partial(_from_file, config.validation, name, domain, tokenizer))
         domains[name] = [document for document in documents if len(document.ids)]
         if not domains[name]:
             raise empty_domain(name)
     return domains
+
+
+def _identity(file: Path) -> dict[str, Any]:
+    """What tells one state of a file from another without reading it."""
+    state = file.stat()
+    return {"file": str(file.resolve()), "size_bytes": state.st_size, "changed_ns": state.st_mtime_ns}
 
 
 def domain_texts(config: RunConfig) -> dict[str, list[str]]:
@@ -41,16 +63,14 @@ def domain_texts(config: RunConfig) -> dict[str, list[str]]:
         else:
             manifest = load_manifest(config.data_dir)
             run_tokenizer = run_tokenizer or Tokenizer.load(config.run.dir / "tokenizer")
-            found[name] = [run_tokenizer.decode(d.ids) for d in _heldout(config, manifest, run_tokenizer, domain)]
+            found[name] = [run_tokenizer.decode(ids) for ids in _heldout_ids(config, manifest, domain)]
         found[name] = [text for text in found[name] if text]
         if not found[name]:
             raise empty_domain(name)
     return found
 
 
-def _heldout(
-    config: RunConfig, manifest: CorpusManifest, tokenizer: Tokenizer, domain: DomainConfig
-) -> Iterator[Document]:
+def _heldout_ids(config: RunConfig, manifest: CorpusManifest, domain: DomainConfig) -> Iterator[np.ndarray]:
     count = 0
     for prefix in manifest.prefixes(config.data_dir, domain.source, "heldout"):
         shard = IndexedTokens(prefix)
@@ -58,14 +78,22 @@ def _heldout(
             if count == domain.max_documents:
                 return
             ids = np.asarray(shard.document(i), dtype=np.int64)
-            ids = ids[:-1] if len(ids) and ids[-1] == manifest.eos_id else ids
-            yield Document(ids, len(tokenizer.decode(ids.tolist()).encode()))
+            yield ids[:-1] if len(ids) and ids[-1] == manifest.eos_id else ids
             count += 1
 
 
-def _from_file(config: ValidationConfig, name: str, domain: DomainConfig, tokenizer: Tokenizer) -> list[Document]:
+def _heldout(
+    config: RunConfig, manifest: CorpusManifest, tokenizer: Callable[[], Tokenizer], domain: DomainConfig
+) -> list[Document]:
+    decode = tokenizer().decode
+    return [Document(ids, len(decode(ids.tolist()).encode())) for ids in _heldout_ids(config, manifest, domain)]
+
+
+def _from_file(
+    config: ValidationConfig, name: str, domain: DomainConfig, tokenizer: Callable[[], Tokenizer]
+) -> list[Document]:
     documents = list(texts(config, name, domain))
     return [
         Document(np.asarray(ids, dtype=np.int64), len(text.encode()))
-        for text, ids in zip(documents, tokenizer.encode_batch(documents), strict=True)
+        for text, ids in zip(documents, tokenizer().encode_batch(documents), strict=True)
     ]

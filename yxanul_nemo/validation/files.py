@@ -61,6 +61,19 @@ def texts(config: ValidationConfig, name: str, domain: DomainConfig) -> Iterator
             ) from None
 
 
+def file_of(config: ValidationConfig, where: str, domain: DomainConfig) -> Path:
+    """The file of such a domain; UserError, which names the key `where`, if it is absent."""
+    path = config.dir / domain.path
+    if not path.is_file():
+        raise UserError(
+            where,
+            f"{path} does not exist",
+            "a parquet or jsonl file",
+            f"Set validation.dir to the folder that has it. {WHERE_TO_GET}",
+        )
+    return path
+
+
 def rows(config: ValidationConfig, where: str, domain: DomainConfig) -> Iterator[dict[str, Any]]:
     """The rows of such a file with at least the columns of the template, at most `max_documents` of them.
 
@@ -70,14 +83,7 @@ def rows(config: ValidationConfig, where: str, domain: DomainConfig) -> Iterator
     Raises:
         UserError: as `check_domain_files`.
     """
-    path = Path(domain.path) if Path(domain.path).is_absolute() else config.dir / domain.path
-    if not path.is_file():
-        raise UserError(
-            f"{where}.path" if where.startswith("validation.") else where,
-            f"{path} does not exist",
-            "a parquet or jsonl file",
-            f"Set validation.dir to the folder that has it. {WHERE_TO_GET}",
-        )
+    path = file_of(config, f"{where}.path" if where.startswith("validation.") else where, domain)
     try:
         columns = [field for _, field, _, _ in Formatter().parse(domain.template) if field is not None]
     except ValueError as error:

@@ -1,6 +1,7 @@
 """`stage=validate`: the newest good checkpoint of a run on all domains; and the run's model while it is trained."""
 
-from functools import partial
+import time
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
-from yxanul_nemo.runtime import init_process_groups, resolve_device
+from yxanul_nemo.log import logger
+from yxanul_nemo.runtime import init_process_groups, outside_training, resolve_device
 from yxanul_nemo.training.agreement import from_first_rank
 from yxanul_nemo.training.phases import plan_phases
 from yxanul_nemo.training.restore import restore_model
@@ -34,7 +36,8 @@ def validate_checkpoint(config: RunConfig) -> None:
         raise UserError(
             config.run.dir / "checkpoints", "holds no checkpoint", fix="Run `python launcher.py stage=train` first."
         )
-    model = restore_model(config, checkpoint, manifest.vocab_size, config.precision, config.parallel)
+    precision = outside_training(config.precision, config.parallel, device)
+    model = restore_model(config, checkpoint, manifest.vocab_size, precision, config.parallel)
     phases = plan_phases(config.curriculum)
     seq_len = phases[checkpoint.phase - 1].seq_len if 1 <= checkpoint.phase <= len(phases) else None
     scores = validate_model(config, manifest, model, seq_len, device)
@@ -62,14 +65,32 @@ def validate_model(
 ) -> dict[str, Any]:
     """Validate `model`, trained at `seq_len` (None: unknown); every data-parallel rank takes part and gets the scores."""
     model.eval()
-    return validate_at_lengths(config, manifest.eos_id, model, run_domains(config, manifest), seq_len, device)
+    began = time.perf_counter()
+    domains = run_domains(config, manifest)
+    read = time.perf_counter()
+    result = validate_at_lengths(config, manifest.eos_id, model, domains, seq_len, device)
+    tokens = sum(score["tokens"] for score in result["domains"].values())
+    logger.info(
+        "%s tokens scored in %.1f s, after %.1f s for reading them",
+        f"{tokens:,}",
+        time.perf_counter() - read,
+        read - began,
+    )
+    return result
 
 
 def run_domains(config: RunConfig, manifest: CorpusManifest) -> dict[str, list[Document]]:
     """The configured domains in the run's tokens; UserError if its tokenizer is not that of its data."""
-    tokenizer = Tokenizer.load(config.run.dir / "tokenizer")
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise UserError(config.run.dir / "tokenizer", "is not the tokenizer of the data", fix="Run stage=data again.")
+
+    @cache
+    def tokenizer() -> Tokenizer:
+        loaded = Tokenizer.load(config.run.dir / "tokenizer")
+        if loaded.fingerprint != manifest.tokenizer_fingerprint:
+            raise UserError(
+                config.run.dir / "tokenizer", "is not the tokenizer of the data", fix="Run stage=data again."
+            )
+        return loaded
+
     return load_domains(config, manifest, tokenizer)
 
 

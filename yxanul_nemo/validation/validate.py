@@ -49,25 +49,24 @@ def score_domains(
 ) -> dict[str, np.ndarray]:
     """Name -> nats [documents] float64, the same on all ranks of `group` and for every number of them."""
     rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
-    found = {}
-    for name, documents in domains.items():
-        mine = range(rank, len(documents), size)
-        nats = np.zeros(len(documents))
-        nats[list(mine)] = score_documents(
-            loss_function,
-            [documents[i] for i in mine],
-            eos_id=eos_id,
-            eval_len=eval_len,
-            stride=stride,
-            batch_tokens=batch_tokens,
-            device=device,
-        )
-        if size > 1:
-            parts: list[np.ndarray] = [np.empty(0)] * size
-            dist.all_gather_object(parts, nats, group=group)
-            nats = np.sum(parts, axis=0)
-        found[name] = nats
-    return found
+    documents = [document for of_domain in domains.values() for document in of_domain]
+    mine = range(rank, len(documents), size)
+    nats = np.zeros(len(documents))
+    nats[list(mine)] = score_documents(
+        loss_function,
+        [documents[i] for i in mine],
+        eos_id=eos_id,
+        eval_len=eval_len,
+        stride=stride,
+        batch_tokens=batch_tokens,
+        device=device,
+    )
+    if size > 1:
+        parts: list[np.ndarray] = [np.empty(0)] * size
+        dist.all_gather_object(parts, nats, group=group)
+        nats = np.sum(parts, axis=0)
+    ends = np.cumsum([len(of_domain) for of_domain in domains.values()])
+    return dict(zip(domains, np.split(nats, ends[:-1]), strict=True))
 
 
 def summarize(domains: Domains, nats: Mapping[str, np.ndarray], eval_len: int, stride: int) -> dict[str, Any]:

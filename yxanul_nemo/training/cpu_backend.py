@@ -13,6 +13,7 @@ from torch import Tensor
 
 from yxanul_nemo.config.guards import GuardsConfig
 from yxanul_nemo.config.training import OptimConfig
+from yxanul_nemo.model.documents import Documents
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
 from yxanul_nemo.training.guard import UpdateGuard
@@ -22,14 +23,23 @@ from yxanul_nemo.training.optimizer import MainParamAdamW
 class CpuBackend:
     """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
 
-    def __init__(self, model: YxanulGPT, optim: OptimConfig, guards: GuardsConfig | None = None):
-        self.model = model
+    def __init__(
+        self,
+        model: YxanulGPT,
+        optim: OptimConfig,
+        guards: GuardsConfig | None = None,
+        documents: Documents | None = None,
+    ):
+        self.model, self.documents = model, documents
         self.guard = UpdateGuard(guards or GuardsConfig(), torch.device("cpu"))
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.optimizer = MainParamAdamW(model, optim, parallel_state.get_tensor_model_parallel_group())
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Nothing to warm up."""
+
+    def make_room(self, ids_ABT: Tensor) -> None:
+        """A CPU has no lists of documents."""
 
     def train_step(
         self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
@@ -41,7 +51,7 @@ class CpuBackend:
         loss_sum = torch.zeros((), dtype=torch.float64)
         scale = 1.0 / (ids_ABT.numel() * self.data_group.size())
         for ids_BT, labels_BT in zip(ids_ABT, labels_ABT, strict=True):
-            loss_BT = self.model(ids_BT, labels_BT)
+            loss_BT = self.model(ids_BT, labels_BT, self.documents)
             (loss_BT.sum() * scale).backward()
             loss_sum += loss_BT.detach().sum(dtype=torch.float64)
         self._sum_over_data_ranks()

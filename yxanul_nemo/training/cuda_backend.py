@@ -1,5 +1,6 @@
 """Training on GPUs: Megatron-core's gradient buffers, Transformer Engine layers, and forward and backward in a CUDA graph."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
-from yxanul_nemo.model.fp8_state import sharded_fp8_state
+from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, Documents, count_documents
+from yxanul_nemo.model.fp8_state import scaling_state_kept, sharded_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.document_room import DocumentRoom
 from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamAdamW
 
@@ -25,8 +28,8 @@ WARMUP_PASSES = 3
 class CudaBackend:
     """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
 
-    def __init__(self, model: YxanulGPT, config: RunConfig):
-        self.model = model
+    def __init__(self, model: YxanulGPT, config: RunConfig, documents: Documents | None = None):
+        self.model, self.documents, self.precision = model, documents, config.precision
         self.guard = UpdateGuard(config.guards, torch.device("cuda", torch.cuda.current_device()))
         self.is_fp8 = config.precision.is_fp8
         self.fp8_format = model.config.fp8
@@ -51,10 +54,29 @@ class CudaBackend:
         shape = (micro_batch_size, seq_len)
         self.ids_BT = torch.randint(0, self.model.real_vocab_size, shape, device="cuda")
         self.labels_BT = torch.randint(0, self.model.real_vocab_size, shape, device="cuda")
+        self.room: DocumentRoom | None = None
+        if self.documents is not None:
+            self.ids_BT.view(-1)[100::TYPICAL_DOCUMENT_TOKENS] = self.documents.eos_id
+            if self.model.lists_documents(seq_len):
+                self.room = DocumentRoom(count_documents(self.ids_BT[None], self.documents.eos_id))
+                self.documents = replace(self.documents, room=self.room.size)
         self.scale = torch.full((), 1.0 / (micro_batch_size * accumulation * seq_len), device="cuda")
         for _ in range(WARMUP_PASSES):
             self._forward_backward()
         torch.cuda.synchronize()
+
+    def make_room(self, ids_ABT: Tensor) -> None:
+        """Have room for the documents of a step's micro-batches, whose ids are still on the host; a new size needs a new graph."""
+        if self.room is None or not self.room.changes_for(count_documents(ids_ABT, self.documents.eos_id)):
+            return
+        logger.info("room for %d documents in a micro-batch, before for %d", self.room.size, self.documents.room)
+        self.documents = replace(self.documents, room=self.room.size)
+        # Its memory is needed for the next one.
+        self.graph = None
+        if self.use_graph:
+            # cuDNN's plans for this size must exist before capture. The gradients are zeroed next; the scales are not to notice.
+            with scaling_state_kept(self.model, self.precision):
+                self._forward_backward()
 
     def train_step(
         self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
@@ -102,7 +124,7 @@ class CudaBackend:
 
     def _forward_backward(self) -> None:
         with self.ddp.no_sync():
-            loss_BT = self.ddp(self.ids_BT, self.labels_BT)
+            loss_BT = self.ddp(self.ids_BT, self.labels_BT, self.documents)
             (loss_BT.sum() * self.scale).backward()
         self.loss_sum += loss_BT.detach().sum(dtype=torch.float64)
 

@@ -88,7 +88,7 @@ class PhaseSession:
             config.run.seed,
             seq_len=self.phase.seq_len,
         )
-        self.backend: Backend = make_backend(model, config, self.device)
+        self.backend: Backend = make_backend(model, config, self.device, self.manifest.eos_id)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.checkpoint: Checkpoint | None = self._checkpoint_to_go_on_from()
         """The one whose state is loaded."""

@@ -73,7 +73,9 @@ def spans(row: list[int]) -> list[tuple[int, int]]:
     [windows_with_eos(), *(with_random_eos(max(1, 64 // n), n, max(3, n // 5)) for n in LENGTHS)],
     ids=lambda ids_BT: f"{ids_BT.size(1)} tokens",
 )
-def test_packed_documents_are_those_that_are_read_alone(model: YxanulGPT, plain: PlainGPT, ids_BT: torch.Tensor) -> None:
+def test_packed_documents_are_those_that_are_read_alone(
+    model: YxanulGPT, plain: PlainGPT, ids_BT: torch.Tensor
+) -> None:
     """Logits and gradients; alone means plain torch, whole attention, positions from 0."""
     labels_BT = ids_BT.roll(-1, dims=1)
     logits_BTV = model(ids_BT, documents=Documents(EOS))

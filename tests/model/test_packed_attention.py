@@ -1,6 +1,7 @@
 """The attention of the GPU's layers around what Transformer Engine computes, with torch in its place: in Triton's interpreter on a CPU."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def in_gpu_layers(reference: torch.nn.Module) -> torch.nn.Module:
             assert packed_seq_params.qkv_format == "thd" and attention_mask is None
             out_NHD = torch.zeros_like(query)
             ends = packed_seq_params.cu_seqlens_q.tolist()
-            for first, end in zip(ends[:-1], ends[1:], strict=True):
+            for first, end in itertools.pairwise(ends):
                 if end > first:
                     q_HTD, k_GTD, v_GTD = (x[first:end].transpose(0, 1) for x in (query, key, value))
                     alone = F.scaled_dot_product_attention(q_HTD, k_GTD, v_GTD, is_causal=True, enable_gqa=True)

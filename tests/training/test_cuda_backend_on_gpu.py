@@ -15,7 +15,7 @@ from yxanul_nemo.model.sharding import sharded_tensors
 
 pytestmark = pytest.mark.gpu
 
-VOCAB = 4001
+VOCAB, EOS = 4001, 4000
 SHAPE = (
     "model.num_layers=4", "model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4",
     "model.kv_groups=2", "model.head_dim=64", "model.embedding_rank=128", "model.embedding_init_std=0.1", "parallel.device=cuda",
@@ -30,13 +30,15 @@ def backend(settings: RunConfig, micro_batch_size: int = 16, seq_len: int = 128)
     from yxanul_nemo.training.backend import make_backend
 
     model = build_model(settings.model, VOCAB, settings.precision, settings.parallel, seed=1, seq_len=seq_len)
-    made = make_backend(model, settings, settings.parallel.device)
+    made = make_backend(model, settings, settings.parallel.device, EOS)
     made.prepare(micro_batch_size, 2, seq_len)
     return made
 
 
-def structured(step: int, seq_len: int = 128, windows: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Something that can be learned: each token is a fixed function of the one before, with noise."""
+def structured(
+    step: int, seq_len: int = 128, windows: int = 32, document_tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Something that can be learned: each token is a fixed function of the one before, with noise, in documents of this mean length."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.empty(windows, seq_len + 1, dtype=torch.long)
     tokens[:, 0] = torch.randint(0, VOCAB, (windows,), generator=generator)
@@ -44,6 +46,8 @@ def structured(step: int, seq_len: int = 128, windows: int = 32) -> tuple[torch.
         noise = torch.randint(0, VOCAB, (windows,), generator=generator)
         use_noise = torch.rand(windows, generator=generator) < 0.1
         tokens[:, t + 1] = torch.where(use_noise, noise, (tokens[:, t] * 31 + 7) % 97)
+    if document_tokens is not None:
+        tokens[torch.rand(tokens.shape, generator=generator) < 1 / document_tokens] = EOS
     halves = tokens.view(2, windows // 2, seq_len + 1)
     return halves[..., :-1].contiguous(), halves[..., 1:].contiguous()
 
@@ -52,6 +56,7 @@ def losses(made, steps: range, lr: float = 1e-3, device: str = "cuda", in_bf16: 
     out = []
     for step in steps:
         ids, labels = structured(step)
+        made.make_room(ids)
         out.append(float(made.train_step(ids.to(device), labels.to(device), lr, 1.0, in_bf16=in_bf16).loss))
     return out
 
@@ -228,3 +233,66 @@ def test_random_states_of_a_gpu_come_back() -> None:
     drawn = torch.rand(8, device="cuda"), torch.rand(8)
     restore_random_state(states, "cuda")
     assert torch.equal(torch.rand(8, device="cuda"), drawn[0]) and torch.equal(torch.rand(8), drawn[1])
+
+
+def losses_of_documents(made, seq_len: int, means: list[int], device: str = "cuda") -> list[float]:
+    """A step for each mean length of documents."""
+    out = []
+    for step, mean in enumerate(means):
+        ids, labels = structured(step, seq_len, document_tokens=mean)
+        made.make_room(ids)
+        out.append(float(made.train_step(ids.to(device), labels.to(device), 1e-3, 1.0).loss))
+    return out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
+@pytest.mark.parametrize("seq_len", [64, 256])
+def test_graph_and_eager_train_alike_inside_documents(precision: str, seq_len: int) -> None:
+    """Other documents in each of 20 steps: the graph must read them anew."""
+    means = [300, 40, 1000, 90] * 5
+    settings = (f"precision={precision}", "data.document_mask=true")
+    eager_backend = backend(config(*settings, "parallel.cuda_graph=false"), seq_len=seq_len)
+    eager = losses_of_documents(eager_backend, seq_len, means)
+    made = backend(config(*settings), seq_len=seq_len)
+    graphed = losses_of_documents(made, seq_len, means)
+    assert made.graph is not None and made.update_graph is not None, "the graphs were not captured"
+    assert (made.room is not None) == (seq_len > 128)
+    assert graphed == pytest.approx(eager, rel=2e-2)
+    assert graphed[-1] < graphed[0] - 0.3
+
+
+def test_masked_steps_on_the_gpu_are_those_of_the_dense_mask_on_the_cpu() -> None:
+    """Small documents, so that whole windows would show."""
+    mask, means = "data.document_mask=true", [15] * 5
+    gpu = losses_of_documents(backend(config("precision=bf16", mask), 16, 256), 256, means)
+    on_cpu = backend(config("precision=fp32", "parallel.device=cpu", mask), 16, 256)
+    assert gpu == pytest.approx(losses_of_documents(on_cpu, 256, means, "cpu"), rel=2e-2)
+    in_torch = backend(config("precision=fp32", "parallel.layer_spec=torch", mask), 16, 256)
+    again = backend(config("precision=fp32", "parallel.device=cpu", mask), 16, 256)
+    expected = losses_of_documents(again, 256, means, "cpu")
+    assert losses_of_documents(in_torch, 256, means) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
+def test_a_batch_with_more_documents_than_room_gets_a_new_graph(precision: str) -> None:
+    means = [1000, 1000, 1000, 8, 1000, 1000]
+    settings = (f"precision={precision}", "data.document_mask=true")
+    eager = losses_of_documents(backend(config(*settings, "parallel.cuda_graph=false"), 16, 256), 256, means)
+    made = backend(config(*settings), 16, 256)
+    before = losses_of_documents(made, 256, means[:3])
+    graph, room = made.graph, made.documents.room
+    # 16 windows of 256 tokens in documents of 8: about 520.
+    ids, labels = structured(3, 256, document_tokens=8)
+    scales = {name: tensor.clone() for name, tensor in scaling_tensors(made.model)} if precision != "bf16" else {}
+    made.make_room(ids)
+    assert made.documents.room >= 512 > room and made.graph is None
+    assert all(torch.equal(tensor, scales[name]) for name, tensor in scaling_tensors(made.model) if name in scales)
+    found = [*before, float(made.train_step(ids.cuda(), labels.cuda(), 1e-3, 1.0).loss)]
+    assert made.graph is not None and made.graph is not graph
+    graph = made.graph
+    for step in (4, 5):
+        ids, labels = structured(step, 256, document_tokens=means[step])
+        made.make_room(ids)
+        found.append(float(made.train_step(ids.cuda(), labels.cuda(), 1e-3, 1.0).loss))
+    assert made.graph is graph, "the room is kept"
+    assert found == pytest.approx(eager, rel=2e-2)

@@ -57,7 +57,8 @@ def test_a_masked_run_goes_on_bit_by_bit_and_is_no_other_run(
     other = make_config(f"run.dir={stopped.run.dir}", "logging.every_steps=3")
     error = run_ranks(sessions.refusals, 1, [other], PHASES)[0][0]
     assert_matches(
-        error, r"document_mask: the checkpoint was trained with data\.document_mask=true.*allow_mismatch=\[document_mask\]"
+        error,
+        r"document_mask: the checkpoint was trained with data\.document_mask=true.*allow_mismatch=\[document_mask\]",
     )
     assert run_ranks(sessions.train, 1, stopped, PHASES) == [[True, True]]
     assert_equal_runs(stopped, through)

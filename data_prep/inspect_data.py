@@ -23,8 +23,17 @@ SAMPLE_CHARS = 400
 def inspect(config: RunConfig, samples: int = 2) -> None:
     """Print what the run's prepared corpus holds. Raises UserError if it is not prepared yet."""
     manifest = load_manifest(config.data_dir)
-    tokenizer = Tokenizer.load(config.run.dir / "tokenizer")
-    show(manifest, config.data_dir, tokenizer, samples, Console())
+    tokenizer, console = Tokenizer.load(config.run.dir / "tokenizer"), Console()
+    show(manifest, config.data_dir, tokenizer, samples, console)
+    if config.data.document_mask:
+        seq_len = max(phase.seq_len for phase in config.curriculum.phases)
+        for name in manifest.sources:
+            seen = mean_seen_tokens(document_lengths(manifest, config.data_dir, name, "train"), seq_len)
+            console.print(
+                f"{name}: inside its document (data.document_mask) a token sees {seen:,.0f} tokens of a window of {seq_len:,} on average, "
+                f"without {(seq_len + 1) / 2:,.0f}",
+                soft_wrap=True,
+            )
 
 
 def show(manifest: CorpusManifest, data_dir: Path, tokenizer: Tokenizer, samples: int, console: Console) -> None:
@@ -81,6 +90,14 @@ def document_lengths(manifest: CorpusManifest, data_dir: Path, source: str, spli
     """[documents] lengths in tokens, EOS included."""
     shards = [IndexedTokens(prefix) for prefix in manifest.prefixes(data_dir, source, split)]
     return np.concatenate([np.empty(0, np.int64), *(np.diff(shard.document_offsets) for shard in shards)])
+
+
+def mean_seen_tokens(lengths: np.ndarray, seq_len: int) -> float:
+    """Tokens that a token attends to, itself included, where attention stays inside documents; windows cut through them one after another."""
+    total = int(lengths.sum())
+    ends = np.union1d(np.cumsum(lengths), np.arange(seq_len, total, seq_len))
+    pieces = np.diff(ends, prepend=0).astype(np.float64)
+    return float((pieces * (pieces + 1) / 2).sum() / total)
 
 
 def length_bins(lengths: np.ndarray) -> list[tuple[int, int, int]]:

@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
 from yxanul_nemo.bench.cases import bench_cases
-from yxanul_nemo.bench.stage import run_bench_stage
+from yxanul_nemo.bench.stage import RANDOM_DOCUMENT_TOKENS, RandomTokens, run_bench_stage
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
@@ -79,3 +80,16 @@ def test_without_a_corpus_random_tokens_are_used_and_said(
     assert run_bench_stage(config)
     (path,) = (tmp_path / "bench").glob("*.json")
     assert "random tokens" in json.loads(path.read_text())["data"]
+
+
+def test_random_tokens_have_documents_that_attention_can_be_kept_inside(
+    tmp_path: Path, make_config: Callable[..., RunConfig]
+) -> None:
+    tokens = RandomTokens(200_005, 0, seed=1).read(0, 400_000)
+    assert 400_000 / np.count_nonzero(tokens == 0) == pytest.approx(RANDOM_DOCUMENT_TOKENS, rel=0.1)
+    asked = ("bench.seq_len=[128]", "bench.tokens_per_step=2048", "bench.steps=2", "data.document_mask=true")
+    assert run_bench_stage(make_config(f"run.dir={tmp_path}", *asked))
+    (path,) = (tmp_path / "bench").glob("*.json")
+    report = json.loads(path.read_text())
+    assert report["document_mask"] is True and "documents of 588 on average" in report["data"]
+    assert 6 < report["cases"][0]["loss_nats_per_token"] < 7

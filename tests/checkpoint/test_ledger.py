@@ -192,6 +192,25 @@ def test_another_fingerprint_needs_its_escape(name):
     assert taken.require_matches(other) is taken
 
 
+def test_another_document_mask_is_named_and_needs_its_escape():
+    ledger, other = in_second_phase(), expected(document_mask=True)
+    sentence = "document_mask: the checkpoint was trained with data.document_mask=false, the run says true"
+    assert ledger.differences(other) == [sentence]
+    with pytest.raises(UserError, match=rf"{sentence}.*checkpoint.allow_mismatch=\[document_mask\]"):
+        ledger.require_matches(other)
+    taken = ledger.require_matches(other, allow=["document_mask"])
+    assert taken.document_mask and taken.notes == (f"allowed at 384 tokens: {sentence}",)
+    assert taken.require_matches(other) is taken
+
+
+def test_a_ledger_from_before_document_masks_is_of_whole_windows(tmp_path):
+    ledger = in_second_phase()
+    old = {name: value for name, value in json.loads(ledger.to_json()).items() if name != "document_mask"}
+    (tmp_path / "ledger.json").write_text(json.dumps(old))
+    assert Ledger.read(tmp_path / "ledger.json") == ledger and not ledger.document_mask
+    assert Ledger.fresh(expected(document_mask=True)).document_mask
+
+
 def test_names_every_difference():
     other = expected(corpus_fingerprint="f" * 64, phases=(changed(WORDS, lr_scale=0.9), changed(PAGES, grad_clip=2.0)))
     with pytest.raises(UserError) as caught:

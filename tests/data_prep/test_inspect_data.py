@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from data_prep.corpus import prepare_corpus
-from data_prep.inspect_data import document_lengths, length_bins, main, sample_texts, show
+from data_prep.inspect_data import document_lengths, length_bins, main, mean_seen_tokens, sample_texts, show
 from data_prep.tokenizer import Tokenizer
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.errors import UserError
@@ -42,6 +42,17 @@ def test_bins_hold_every_length_once():
         assert count == ((lengths >= first) & (lengths < end)).sum()
     assert sum(count for _, _, count in bins) == len(lengths)
     assert [first for first, _, _ in bins] == [2**i for i in range(11)]
+
+
+def test_what_a_token_sees_inside_its_document_is_counted_one_by_one():
+    lengths, seq_len = np.array([3, 1, 10, 2, 1, 9]), 8
+    document_of = np.repeat(np.arange(len(lengths)), lengths)
+    seen = [
+        sum(document_of[k] == document_of[q] for k in range(q // seq_len * seq_len, q + 1))
+        for q in range(len(document_of))
+    ]
+    assert mean_seen_tokens(lengths, seq_len) == pytest.approx(np.mean(seen))
+    assert mean_seen_tokens(np.array([4096]), 64) == 32.5
 
 
 def test_samples_are_beginnings_of_documents(prepared):

@@ -22,16 +22,17 @@ def reference(qkv_TBQ, angles_TD, heads):
     return rotated[..., :n, :].flatten(2, 3), rotated[..., n, :], x[..., n + 1, :]
 
 
-def check(seq_len, batch_size, heads, dtype, device, limit):
+def check(seq_len, batch_size, heads, dtype, device, limit, repeats=1):
+    """With `repeats`, so many windows stand one after another in each row."""
     torch.manual_seed(seq_len)
-    qkv_TBQ = torch.randn(seq_len, batch_size, heads.qkv_width, device=device).to(dtype).requires_grad_()
+    qkv_TBQ = torch.randn(repeats * seq_len, batch_size, heads.qkv_width, device=device).to(dtype).requires_grad_()
     exponents = torch.arange(0, heads.head_dim, 2, device=device) / heads.head_dim
     angles_TH = torch.outer(torch.arange(seq_len, device=device).float(), 1 / 10000.0**exponents)
     angles_TD = torch.cat((angles_TH, angles_TH), dim=-1)
     found = split_rope(qkv_TBQ, angles_TD, heads)
     grads = [torch.randn_like(x) for x in found]
     exact_TBQ = qkv_TBQ.detach().double().requires_grad_()
-    exact = reference(exact_TBQ, angles_TD, heads)
+    exact = reference(exact_TBQ, angles_TD.repeat(repeats, 1), heads)
     assert [x.shape for x in found] == [x.shape for x in exact]
     assert torch.equal(found[2].double(), exact[2]), "values are copied, not turned"
     (dqkv,) = torch.autograd.grad(found, qkv_TBQ, grads)
@@ -45,6 +46,7 @@ def interpreted():
         check(*case, torch.bfloat16, "cpu", 4e-3)
         check(*case, torch.float32, "cpu", 1e-6)
         print(case)
+    check(*CASES[1], torch.float32, "cpu", 1e-6, repeats=3)
 
 
 def test_the_kernels_equal_exact_rotation_in_the_interpreter():
@@ -55,3 +57,4 @@ def test_the_kernels_equal_exact_rotation_in_the_interpreter():
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernels_equal_exact_rotation_on_a_gpu(case):
     check(*case, torch.bfloat16, "cuda", 4e-3)
+    check(*case, torch.bfloat16, "cuda", 4e-3, repeats=5)

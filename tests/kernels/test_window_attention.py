@@ -1,5 +1,7 @@
 """Attention inside short windows against torch's own in FP64: with Triton's interpreter on a CPU, in BF16 on a GPU."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.window_attention import HEAD_DIMS, LONGEST_WINDOW, why_unsupported, window_attention
 
 LENGTHS = (1, 2, 8, 16, 24, 32, 63, 64, 65, 100, 128)
+MASKED_LENGTHS = (1, 8, 24, 64, 100, 128)
 YXANUL_197M = Heads(groups=2, heads_per_group=6, head_dim=64)
 
 
@@ -19,7 +22,14 @@ def angles(seq_len, head_dim, device="cpu"):
     return torch.cat((angles_TH, angles_TH), dim=-1)
 
 
-def reference(qkv_TBQ, angles_TD, heads):
+def random_starts(seq_len, batch_size, device="cpu"):
+    """Documents of about a third of a window, some of a single token: the first token that each token sees [windows, tokens]."""
+    begins = torch.rand(batch_size, seq_len, device=device) < 3 / seq_len
+    place_T = torch.arange(seq_len, dtype=torch.int32, device=device)
+    return torch.where(begins, place_T, 0).cummax(dim=1).values
+
+
+def reference(qkv_TBQ, angles_TD, heads, starts_BT=None):
     """RoPE by complex numbers, and torch's attention on repeated keys and values."""
     n_time, n_batch, _ = qkv_TBQ.shape
     half = heads.head_dim // 2
@@ -35,34 +45,40 @@ def reference(qkv_TBQ, angles_TD, heads):
     key, value = (
         y.squeeze(3).permute(1, 2, 0, 3).repeat_interleave(heads.heads_per_group, dim=1) for y in (key, x[..., -1:, :])
     )
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+    place_T = torch.arange(n_time, device=qkv_TBQ.device)
+    visible = place_T <= place_T[:, None]
+    if starts_BT is not None:
+        visible = visible & (place_T >= starts_BT[:, None, :, None])
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).permute(2, 0, 1, 3).flatten(2)
 
 
-def errors(seq_len, batch_size, heads, dtype, device):
+def errors(seq_len, batch_size, heads, dtype, device, masked=False):
     """Relative errors of output and gradient."""
     torch.manual_seed(seq_len)
     qkv_TBQ = torch.randn(seq_len, batch_size, heads.qkv_width, device=device).to(dtype).requires_grad_()
     angles_TD = angles(seq_len, heads.head_dim, device)
-    out_TBO = window_attention(qkv_TBQ, angles_TD, heads)
+    starts_BT = random_starts(seq_len, batch_size, device) if masked else None
+    out_TBO = window_attention(qkv_TBQ, angles_TD, heads, starts_BT)
     dout_TBO = torch.randn_like(out_TBO)
     (found,) = torch.autograd.grad(out_TBO, qkv_TBQ, dout_TBO)
     exact_TBQ = qkv_TBQ.detach().double().requires_grad_()
-    exact_out = reference(exact_TBQ, angles_TD, heads)
+    exact_out = reference(exact_TBQ, angles_TD, heads, starts_BT)
     (exact,) = torch.autograd.grad(exact_out, exact_TBQ, dout_TBO.double())
     return [((a - b).norm() / b.norm()).item() for a, b in ((out_TBO, exact_out), (found, exact))]
 
 
 def test_the_kernels_equal_exact_attention_in_the_interpreter():
-    assert len(run_interpreted(__file__).split()) == len(LENGTHS) + 2
+    assert len(run_interpreted(__file__).split()) == len(LENGTHS) + 2 + len(MASKED_LENGTHS)
 
 
 def interpreted():
     """All lengths in FP16 (the interpreter of Triton 3.6 cannot multiply BF16), with tiles that are full and tiles that are not."""
-    cases = [(seq_len, 70 // seq_len + 2, Heads(2, 3, 32)) for seq_len in LENGTHS]
-    cases += [(16, 3, Heads(1, 1, 64)), (100, 2, Heads(1, 2, 128))]
-    for seq_len, batch_size, heads in cases:
-        out_error, grad_error = errors(seq_len, batch_size, heads, torch.float16, "cpu")
-        assert out_error < 1e-3 and grad_error < 1e-3, (seq_len, heads, out_error, grad_error)
+    cases = [(seq_len, 70 // seq_len + 2, Heads(2, 3, 32), False) for seq_len in LENGTHS]
+    cases += [(16, 3, Heads(1, 1, 64), False), (100, 2, Heads(1, 2, 128), False)]
+    cases += [(seq_len, 70 // seq_len + 2, Heads(2, 1, 32), True) for seq_len in MASKED_LENGTHS]
+    for seq_len, batch_size, heads, masked in cases:
+        out_error, grad_error = errors(seq_len, batch_size, heads, torch.float16, "cpu", masked)
+        assert out_error < 1e-3 and grad_error < 1e-3, (seq_len, heads, masked, out_error, grad_error)
         print(seq_len)
 
 
@@ -80,9 +96,9 @@ def test_what_is_not_supported_is_named():
     ids=str,
 )
 def test_the_kernels_equal_exact_attention_in_bf16(seq_len, heads):
-    for batch_size in (1, 37, 4096 // seq_len):
-        out_error, grad_error = errors(seq_len, batch_size, heads, torch.bfloat16, "cuda")
-        assert out_error < 5e-3 and grad_error < 8e-3, (batch_size, out_error, grad_error)
+    for batch_size, masked in itertools.product((1, 37, 4096 // seq_len), (False, True)):
+        out_error, grad_error = errors(seq_len, batch_size, heads, torch.bfloat16, "cuda", masked)
+        assert out_error < 5e-3 and grad_error < 8e-3, (batch_size, masked, out_error, grad_error)
 
 
 @pytest.mark.gpu
@@ -101,3 +117,21 @@ def test_the_same_inputs_give_the_same_bits_and_windows_do_not_touch():
     same[:, 3] = True
     same[5:, 4] = True
     assert same.all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seq_len", [8, 64, 128])
+def test_documents_keep_their_bits_when_another_changes(seq_len):
+    heads = YXANUL_197M
+    qkv_TBQ = torch.randn(seq_len, 100, heads.qkv_width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    starts_BT = torch.zeros(100, seq_len, dtype=torch.int32, device="cuda")
+    starts_BT[:, 5:] = 5
+    changed = qkv_TBQ.detach().clone()
+    changed[5:] += 1
+    changed.requires_grad_()
+    found = []
+    for x in (qkv_TBQ, changed):
+        out_TBO = window_attention(x, angles(seq_len, heads.head_dim, "cuda"), heads, starts_BT)
+        found.append((out_TBO, *torch.autograd.grad(out_TBO.float().square().sum(), x)))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one[:5], other[:5]) and not torch.equal(one[5:], other[5:])

@@ -155,6 +155,14 @@ def test_too_much_memory_is_noted_with_a_micro_batch_that_fits(tmp_path: Path) -
     assert plan_of(tmp_path, *overrides, remedy).warnings == []
 
 
+def test_a_document_mask_is_noted_and_changes_no_figure(tmp_path: Path) -> None:
+    whole = plan_of(tmp_path, "recipe=yxanul_197m_h100")
+    masked = plan_of(tmp_path, "recipe=yxanul_197m_h100", "data.document_mask=true")
+    (warning,) = masked.warnings
+    assert "data.document_mask" in warning and "whole windows" in warning
+    assert (masked.total_seconds, masked.total_flops) == (whole.total_seconds, whole.total_flops)
+
+
 def test_cost_is_hours_times_gpus_times_price(tmp_path: Path) -> None:
     overrides = ("recipe=yxanul_197m_h100", "plan.price_per_gpu_hour=3")
     one, eight = plan_of(tmp_path, *overrides), plan_of(tmp_path, *overrides, "plan.gpus=8")

@@ -8,11 +8,12 @@ import torch
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.model.build import build_model, reference_precision
+from yxanul_nemo.model.documents import Documents, count_documents, room_for
 from yxanul_nemo.model.gpt import YxanulGPT
 
 pytestmark = pytest.mark.gpu
 
-VOCAB = 4001
+VOCAB, EOS = 4001, 7
 SHAPE = ModelConfig(
     name="t", num_layers=4, hidden_size=256, ffn_hidden_size=512, num_attention_heads=4, kv_groups=2, head_dim=64,
     embedding_rank=128, max_position_embeddings=2048,
@@ -56,10 +57,21 @@ def test_torch_layers_on_the_gpu_equal_those_on_the_cpu(reference: YxanulGPT) ->
 @pytest.mark.parametrize("seq_len", LENGTHS)
 def test_bf16_logits_and_gradients_follow_fp32(reference: YxanulGPT, seq_len: int, op_fuser: bool) -> None:
     model = build("bf16", op_fuser=op_fuser, seq_len=seq_len)
-    ids_BT, labels_BT = batch(seq_len)
-    assert relative(model(ids_BT), reference(ids_BT)) < 2e-2
+    assert_follows(model, reference, *batch(seq_len))
+
+
+def assert_follows(
+    model: YxanulGPT,
+    reference: YxanulGPT,
+    ids_BT: torch.Tensor,
+    labels_BT: torch.Tensor,
+    documents: Documents | None = None,
+) -> None:
+    """Logits, mean loss and gradients are the reference's up to BF16's rounding."""
+    assert relative(model(ids_BT, documents=documents), reference(ids_BT, documents=documents)) < 2e-2
     reference.zero_grad()
-    loss, expected = model(ids_BT, labels_BT).mean(), reference(ids_BT, labels_BT).mean()
+    loss = model(ids_BT, labels_BT, documents).mean()
+    expected = reference(ids_BT, labels_BT, documents).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=2e-3)
     loss.backward()
     expected.backward()
@@ -69,6 +81,52 @@ def test_bf16_logits_and_gradients_follow_fp32(reference: YxanulGPT, seq_len: in
     for (name, grad), (other_name, expected_grad) in zip(ours, theirs, strict=True):
         assert name == other_name
         assert relative(grad, expected_grad) < 2e-2, name
+
+
+def batch_of_documents(seq_len: int) -> tuple[torch.Tensor, torch.Tensor, Documents]:
+    """Documents of a fifth of a window, or of 20 tokens; some windows begin or end with EOS, or have several in a row, or none."""
+    ids_BT, labels_BT = batch(seq_len)
+    generator = torch.Generator().manual_seed(seq_len)
+    ends_BT = (torch.rand(ids_BT.shape, generator=generator) < min(5 / seq_len, 0.05)).cuda()
+    ends_BT[0, :3] = ends_BT[0, -1] = True
+    ends_BT[1] = False
+    ids_BT = ids_BT.masked_fill(ends_BT, EOS)
+    labels_BT[:, :-1] = ids_BT[:, 1:]
+    return ids_BT, labels_BT, Documents(EOS, room_for(count_documents(ids_BT[None], EOS)))
+
+
+@pytest.mark.parametrize("seq_len", LENGTHS)
+def test_documents_in_bf16_follow_the_dense_mask_in_fp32(reference: YxanulGPT, seq_len: int) -> None:
+    ids_BT, labels_BT, documents = batch_of_documents(seq_len)
+    model = build("bf16", seq_len=seq_len)
+    assert model.lists_documents(seq_len) == (seq_len > 128)
+    assert_follows(model, reference, ids_BT, labels_BT, documents)
+    assert relative(model(ids_BT), reference(ids_BT, documents=documents)) > 5e-2, "the mask matters"
+    more = Documents(EOS, 4 * documents.room)
+    assert relative(model(ids_BT, documents=more), model(ids_BT, documents=documents)) < 1e-3
+
+
+@pytest.mark.parametrize("seq_len", [64, 256])
+def test_documents_in_fp32_follow_the_dense_mask(reference: YxanulGPT, seq_len: int) -> None:
+    """Without the kernels of BF16: unfused attention with the dense mask."""
+    ids_BT, labels_BT, documents = batch_of_documents(seq_len)
+    assert_follows(build("fp32", seq_len=seq_len), reference, ids_BT, labels_BT, documents)
+
+
+@pytest.mark.parametrize("seq_len", [64, 256, 2048])
+def test_other_documents_keep_their_bits_when_one_changes(seq_len: int) -> None:
+    ids_BT = batch(seq_len)[0].clamp(min=EOS + 2)
+    third = seq_len // 3
+    ids_BT[:, third] = ids_BT[:, 2 * third] = EOS
+    documents = Documents(EOS, room_for(count_documents(ids_BT[None], EOS)))
+    changed_BT = ids_BT.clone()
+    changed_BT[1, 2 * third - 2 : 2 * third] = EOS + 1
+    model = build("bf16", seq_len=seq_len)
+    with torch.no_grad():
+        same_BT = (model(changed_BT, documents=documents) == model(ids_BT, documents=documents)).all(dim=-1)
+    assert not same_BT[1, 2 * third - 2 : 2 * third].any()
+    same_BT[1, 2 * third - 2 : 2 * third] = True
+    assert same_BT.all()
 
 
 @pytest.mark.parametrize("precision", ["fp8_hybrid", "fp8_e4m3", "fp8_current"])

@@ -207,3 +207,66 @@ def test_random_states_of_a_gpu_come_back() -> None:
     drawn = torch.rand(8, device="cuda"), torch.rand(8)
     restore_random_state(states, "cuda")
     assert torch.equal(torch.rand(8, device="cuda"), drawn[0]) and torch.equal(torch.rand(8), drawn[1])
+
+
+def losses_of_documents(made, seq_len: int, means: list[int], device: str = "cuda") -> list[float]:
+    """A step for each mean length of documents."""
+    out = []
+    for step, mean in enumerate(means):
+        ids, labels = structured(step, seq_len, document_tokens=mean)
+        made.make_room(ids)
+        out.append(float(made.train_step(ids.to(device), labels.to(device), 1e-3, 1.0).loss))
+    return out
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
+@pytest.mark.parametrize("seq_len", [64, 256])
+def test_graph_and_eager_train_alike_inside_documents(precision: str, seq_len: int) -> None:
+    """Other documents in each of 20 steps: the graph must read them anew."""
+    means = [300, 40, 1000, 90] * 5
+    settings = (f"precision={precision}", "data.document_mask=true")
+    eager_backend = backend(config(*settings, "parallel.cuda_graph=false"), seq_len=seq_len)
+    eager = losses_of_documents(eager_backend, seq_len, means)
+    made = backend(config(*settings), seq_len=seq_len)
+    graphed = losses_of_documents(made, seq_len, means)
+    assert made.graphs and made.update_graph is not None, "the graphs were not captured"
+    assert (made.room is not None) == (seq_len > 128)
+    assert graphed == pytest.approx(eager, rel=2e-2)
+    assert graphed[-1] < graphed[0] - 0.3
+
+
+def test_masked_steps_on_the_gpu_are_those_of_the_dense_mask_on_the_cpu() -> None:
+    """Small documents, so that whole windows would show."""
+    mask, means = "data.document_mask=true", [15] * 5
+    gpu = losses_of_documents(backend(config("precision=bf16", mask), 16, 256), 256, means)
+    on_cpu = backend(config("precision=fp32", "parallel.device=cpu", mask), 16, 256)
+    assert gpu == pytest.approx(losses_of_documents(on_cpu, 256, means, "cpu"), rel=2e-2)
+    in_torch = backend(config("precision=fp32", "parallel.layer_spec=torch", mask), 16, 256)
+    again = backend(config("precision=fp32", "parallel.device=cpu", mask), 16, 256)
+    expected = losses_of_documents(again, 256, means, "cpu")
+    assert losses_of_documents(in_torch, 256, means) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
+def test_a_batch_with_more_documents_than_room_gets_a_new_graph(precision: str) -> None:
+    means = [1000, 1000, 1000, 8, 1000, 1000]
+    settings = (f"precision={precision}", "data.document_mask=true")
+    eager = losses_of_documents(backend(config(*settings, "parallel.cuda_graph=false"), 16, 256), 256, means)
+    made = backend(config(*settings), 16, 256)
+    before = losses_of_documents(made, 256, means[:3])
+    graphs, room = made.graphs, made.documents.room
+    # 16 windows of 256 tokens in documents of 8: about 520.
+    ids, labels = structured(3, 256, document_tokens=8)
+    scales = {name: tensor.clone() for name, tensor in scaling_tensors(made.model)} if precision != "bf16" else {}
+    made.make_room(ids)
+    assert made.documents.room >= 512 > room and not made.graphs
+    assert all(torch.equal(tensor, scales[name]) for name, tensor in scaling_tensors(made.model) if name in scales)
+    found = [*before, float(made.train_step(ids.cuda(), labels.cuda(), 1e-3, 1.0).loss)]
+    assert made.graphs and made.graphs is not graphs
+    graphs = made.graphs
+    for step in (4, 5):
+        ids, labels = structured(step, 256, document_tokens=means[step])
+        made.make_room(ids)
+        found.append(float(made.train_step(ids.cuda(), labels.cuda(), 1e-3, 1.0).loss))
+    assert made.graphs is graphs, "the room is kept"
+    assert found == pytest.approx(eager, rel=2e-2)

@@ -58,7 +58,7 @@ class Result:
         return (third - first) / self.median_seconds
 
 
-def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: int, device: str) -> Result:
+def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: int, eos_id: int, device: str) -> Result:
     """Time `bench.steps` optimizer steps after `bench.warmup_steps`; everything that the case held is freed again."""
     config = config.model_copy(update={"precision": case.precision})
     forget_backends(device)
@@ -67,7 +67,7 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
     model = build_model(
         config.model, vocab_size, case.precision, config.parallel, config.run.seed, seq_len=phase.seq_len
     )
-    backend = make_backend(model, config, device)
+    backend = make_backend(model, config, device, eos_id)
     backend.prepare(case.micro_batch_size, case.accumulation, phase.seq_len)
     layout = BatchLayout(case.micro_batch_size, case.accumulation, parallel_state.get_data_parallel_world_size())
     rank = parallel_state.get_data_parallel_rank()
@@ -136,6 +136,7 @@ class Steps:
         began = time.perf_counter()
         ids_ABT, labels_ABT = next(self.loader)
         self.meter.data_wait_seconds += time.perf_counter() - began
+        self.backend.make_room(ids_ABT)
         ids_ABT, labels_ABT = (x.to(self.device, non_blocking=True) for x in (ids_ABT, labels_ABT))
         phase = self.case.phase
         result = self.backend.train_step(ids_ABT, labels_ABT, self.lr, phase.grad_clip)

@@ -35,6 +35,8 @@ from yxanul_nemo.training.phases import source_sizes
 from yxanul_nemo.training.records import peak_flops_per_second
 
 KERNELS_SHOWN = 20
+RANDOM_DOCUMENT_TOKENS = 588
+"""Mean length of a document of random tokens: that of the documentation corpus in BENCHMARKS.md, in tokens of the 200,005."""
 COLUMNS = (
     "precision", "seq len", "tokens/step", "micro-batch", "tokens/s", "ms/step", "+-", "MFU", "GiB", "W", "data", "graph"
 )  # fmt: skip
@@ -53,7 +55,9 @@ def run_bench_stage(config: RunConfig) -> bool:
     model_ranks = config.parallel.tensor_parallel * config.parallel.context_parallel
     formats = formats_of(config.precision, config.parallel, device)
     cases = bench_cases(config, formats, max(1, processes // model_ranks))
-    logger.info("%d cases on %d x %s, data: %s", len(cases), processes, _device_name(device), corpus.description)
+    over = "inside documents" if config.data.document_mask else "over whole windows"
+    on = f"{processes} x {_device_name(device)}"
+    logger.info("%d cases on %s, attention %s, data: %s", len(cases), on, over, corpus.description)
     peak = peak_flops_per_second(PrecisionConfig(name="bf16"), device, devices=processes)
     rows: list[dict[str, Any]] = []
     for case in cases:
@@ -78,6 +82,7 @@ def _keep(
         "model": config.model.name,
         "vocab_size": corpus.vocab_size,
         "data": corpus.description,
+        "document_mask": config.data.document_mask,
         "timed_steps": config.bench.steps,
         "cases": rows,
     }
@@ -100,8 +105,12 @@ class Corpus:
     def __init__(self, config: RunConfig):
         self.config = config
         self.vocab_size = MEASURED_VOCAB_SIZE if config.tokenizer.vocab_size is None else config.tokenizer.vocab_size
-        self.description = f"random tokens of {self.vocab_size:,} (no corpus is prepared in {config.data_dir})"
-        self._streams: list[Any] = [RandomTokens(self.vocab_size, config.data.seed)]
+        self.eos_id = 0
+        self.description = (
+            f"random tokens of {self.vocab_size:,} in documents of {RANDOM_DOCUMENT_TOKENS} on average (no corpus is prepared in "
+            f"{config.data_dir})"
+        )
+        self._streams: list[Any] = [RandomTokens(self.vocab_size, self.eos_id, config.data.seed)]
         self._shares = np.ones(1)
         if (config.data_dir / MANIFEST_NAME).is_file():
             manifest = load_manifest(config.data_dir)
@@ -109,7 +118,7 @@ class Corpus:
             sizes = source_sizes(config, manifest)
             self._streams = corpus_streams(config, manifest)
             self._shares = normalized_shares(names, config.curriculum.blend, sizes)
-            self.vocab_size = manifest.vocab_size
+            self.vocab_size, self.eos_id = manifest.vocab_size, manifest.eos_id
             self.description = f"the corpus in {config.data_dir}"
 
     def windows(self, seq_len: int) -> PhaseWindows:
@@ -118,19 +127,21 @@ class Corpus:
 
 
 class RandomTokens:
-    """A stream of uniform random tokens, in the shape of `data.stream.TokenStream`."""
+    """A stream of uniform random tokens with EOS as often as documents end, in the shape of `data.stream.TokenStream`."""
 
-    def __init__(self, vocab_size: int, seed: int):
-        self.vocab_size, self._random = vocab_size, np.random.default_rng(seed)
+    def __init__(self, vocab_size: int, eos_id: int, seed: int):
+        self.vocab_size, self.eos_id, self._random = vocab_size, eos_id, np.random.default_rng(seed)
 
     def read(self, start: int, count: int) -> np.ndarray:
         """`count` tokens; `start` is of no consequence."""
-        return self._random.integers(0, self.vocab_size, count)
+        tokens = self._random.integers(0, self.vocab_size, count)
+        tokens[self._random.random(count) < 1 / RANDOM_DOCUMENT_TOKENS] = self.eos_id
+        return tokens
 
 
 def _run(config: RunConfig, case: Case, corpus: Corpus, device: str, peak: float | None) -> dict[str, Any]:
     try:
-        result = measure(config, case, corpus.windows(case.phase.seq_len), corpus.vocab_size, device)
+        result = measure(config, case, corpus.windows(case.phase.seq_len), corpus.vocab_size, corpus.eos_id, device)
     except UserError as error:
         return {"error": str(error)}
     except torch.OutOfMemoryError:

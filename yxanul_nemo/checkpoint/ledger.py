@@ -104,6 +104,8 @@ class Expected(_Frozen):
     model_fingerprint: str
     config_fingerprint: str
     """Of those settings outside the curriculum that decide the training, such as the optimizer's; not of logging."""
+    document_mask: bool = False
+    """Whether attention stays inside documents."""
     phases: tuple[PhasePlan, ...]
     """The whole curriculum."""
 
@@ -135,6 +137,8 @@ class Ledger(_Frozen):
     tokenizer_fingerprint: str
     model_fingerprint: str
     config_fingerprint: str
+    document_mask: bool = False
+    """Whether attention stays inside documents; ledgers from before it could are of whole windows."""
     notes: tuple[str, ...] = ()
     """What was overridden in this run's life, in words."""
 
@@ -169,7 +173,8 @@ class Ledger(_Frozen):
     @classmethod
     def fresh(cls, expected: Expected) -> "Ledger":
         """The ledger of a run that has consumed nothing."""
-        return cls(**{f"{name}_fingerprint": getattr(expected, f"{name}_fingerprint") for name in FINGERPRINTS})
+        fields = [f"{name}_fingerprint" for name in FINGERPRINTS] + ["document_mask"]
+        return cls(**{name: getattr(expected, name) for name in fields})
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
@@ -314,7 +319,7 @@ class Ledger(_Frozen):
             UserError: names every difference that is not allowed.
         """
         found = self._differences(expected)
-        allowable = {*FINGERPRINTS, *(f"phase_{self.phase}.{name}" for name in FLEXIBLE if self.phase)}
+        allowable = {*FINGERPRINTS, "document_mask", *(f"phase_{self.phase}.{name}" for name in FLEXIBLE if self.phase)}
         last = max(self.phase, len(expected.phases))
         known = allowable | {f"phase_{number}.{field}" for number in range(1, last + 1) for field in FLEXIBLE}
         for name in allow:
@@ -332,6 +337,9 @@ class Ledger(_Frozen):
             recorded, configured = getattr(self, f"{name}_fingerprint"), getattr(expected, f"{name}_fingerprint")
             if recorded != configured:
                 found[name] = f"the checkpoint has {recorded[:16]}, the run is configured for {configured[:16]}"
+        if self.document_mask != expected.document_mask:
+            before, now = str(self.document_mask).lower(), str(expected.document_mask).lower()
+            found["document_mask"] = f"the checkpoint was trained with data.document_mask={before}, the run says {now}"
         for record in self.phases:
             if record.index > len(expected.phases):
                 found[f"phase_{record.index}"] = (
@@ -349,7 +357,7 @@ class Ledger(_Frozen):
         return found
 
     def _can_take(self, name: str, expected: Expected) -> bool:
-        if name in FINGERPRINTS:
+        if name in FINGERPRINTS or name == "document_mask":
             return True
         assert self.current is not None
         plan = expected.phases[self.phase - 1]
@@ -372,6 +380,8 @@ class Ledger(_Frozen):
             ledger = ledger.with_note(f"allowed at {self.tokens_total} tokens: {name}: {sentence}")
             if name in FINGERPRINTS:
                 ledger = _with(ledger, **{f"{name}_fingerprint": getattr(expected, f"{name}_fingerprint")})
+            elif name == "document_mask":
+                ledger = _with(ledger, document_mask=expected.document_mask)
             else:
                 field = name.partition(".")[2]
                 changes[field] = getattr(expected.phases[self.phase - 1], field)

@@ -81,6 +81,9 @@ class DataConfig(Section):
     """Processes that tokenize; 0: all cores."""
     seed: int = 1234
     """Seed of the document order."""
+    document_mask: bool = False
+    """Keep attention in training inside documents: a token sees those of its window from the EOS in front of its document on. `false`: all
+    those before it."""
     max_epochs: float = Field(default=1.0, gt=0)
     """How often a source may be read through; a curriculum that needs more is refused before training."""
 

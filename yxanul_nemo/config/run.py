@@ -117,6 +117,8 @@ class RunConfig(Section):
                 f"model.kv_groups={self.model.kv_groups} is not a multiple of parallel.tensor_parallel={self.parallel.tensor_parallel}"
             )
         check_fp8_shapes(self, self.precision)
+        if self.data.document_mask:
+            _check_document_mask(self.model, self.precision, self.parallel)
         if self.model.hidden_size % self.model.num_attention_heads:
             # transformers 5.23 checks this even where head_dim is given, and every export is compared with its Llama.
             raise ValueError(
@@ -143,6 +145,20 @@ def check_fp8_shapes(config: RunConfig, precision: PrecisionConfig) -> None:
     for number, phase in enumerate(config.curriculum.phases, start=1):
         _check_fp8_tokens(f"curriculum phase {number}", phase, precision)
     check_fp8_widths(config.model, precision, config.parallel)
+
+
+def _check_document_mask(model: ModelConfig, precision: PrecisionConfig, parallel: ParallelConfig) -> None:
+    if parallel.context_parallel > 1:
+        raise ValueError(
+            f"data.document_mask=true does not go with parallel.context_parallel={parallel.context_parallel}: a rank has parts of "
+            "documents only; use parallel.tensor_parallel, or whole windows"
+        )
+    if precision.fp8_attention:
+        raise ValueError(
+            "data.document_mask=true does not go with precision.fp8_attention=true: FP8 attention of packed documents was not tried"
+        )
+    if model.head_dim & (model.head_dim - 1):
+        raise ValueError(f"data.document_mask=true needs a power of two as model.head_dim, not {model.head_dim}")
 
 
 def _check_fp8_tokens(where: str, phase: PhaseConfig, precision: PrecisionConfig) -> None:

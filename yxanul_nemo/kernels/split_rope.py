@@ -41,11 +41,19 @@ def _places(
 
 @triton.jit
 def _turn(
-    angles, first_row, batch_size, rows, place_N, per_group: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr
+    angles,
+    first_row,
+    batch_size,
+    positions,
+    rows,
+    place_N,
+    per_group: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    """cos and sin [rows, heads, half]; values are not turned."""
+    """cos and sin [rows, heads, half]; values are not turned. Positions begin anew where the angles are at their end."""
     row_R = first_row + tl.arange(0, BLOCK_R)
-    at_RH = (row_R // batch_size)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
+    at_RH = (row_R // batch_size % positions)[:, None] * (2 * HALF) + tl.arange(0, HALF)[None, :]
     angle_RH = tl.load(angles + at_RH, mask=(row_R < rows)[:, None], other=0.0)
     is_value_N = place_N == per_group + 1
     return tl.where(is_value_N, 1.0, tl.cos(angle_RH)[:, None, :]), tl.where(
@@ -53,15 +61,15 @@ def _turn(
     )
 
 
-@triton.jit(do_not_specialize=["rows", "batch_size"])
+@triton.jit(do_not_specialize=["rows", "batch_size", "positions"])
 def split_kernel(
-    mixed, angles, query, key, value, rows, batch_size,
+    mixed, angles, query, key, value, rows, batch_size, positions,
     groups: tl.constexpr, per_group: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """mixed [rows, groups x (per_group + 2) heads] -> rotated query, rotated key, value; a row is a token of a window."""
     first_row = tl.program_id(0) * BLOCK_R
     at, to_query, to_key_value, real, place_N = _places(first_row, rows, groups, per_group, HALF, BLOCK_R, BLOCK_N)
-    cos, sin = _turn(angles, first_row, batch_size, rows, place_N, per_group, HALF, BLOCK_R)
+    cos, sin = _turn(angles, first_row, batch_size, positions, rows, place_N, per_group, HALF, BLOCK_R)
     a = tl.load(mixed + at, mask=real, other=0.0).to(tl.float32)
     b = tl.load(mixed + at + HALF, mask=real, other=0.0).to(tl.float32)
     dtype = mixed.dtype.element_ty
@@ -79,15 +87,15 @@ def split_kernel(
     tl.store(value + to_key_value + HALF, b, mask=is_value)
 
 
-@triton.jit(do_not_specialize=["rows", "batch_size"])
+@triton.jit(do_not_specialize=["rows", "batch_size", "positions"])
 def join_kernel(
-    dquery, dkey, dvalue, angles, dmixed, rows, batch_size,
+    dquery, dkey, dvalue, angles, dmixed, rows, batch_size, positions,
     groups: tl.constexpr, per_group: tl.constexpr, HALF: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The gradient of `split_kernel`'s input from those of its outputs: the same with the rotation undone."""
     first_row = tl.program_id(0) * BLOCK_R
     at, to_query, to_key_value, real, place_N = _places(first_row, rows, groups, per_group, HALF, BLOCK_R, BLOCK_N)
-    cos, sin = _turn(angles, first_row, batch_size, rows, place_N, per_group, HALF, BLOCK_R)
+    cos, sin = _turn(angles, first_row, batch_size, positions, rows, place_N, per_group, HALF, BLOCK_R)
     is_query, is_key, is_value = (
         real & (place_N < per_group),
         real & (place_N == per_group),
@@ -110,12 +118,13 @@ def split_rope(qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads) -> tuple[Tensor
 
     Args:
         qkv_TBQ: [tokens, windows, qkv_width]; per key/value head its query heads, its key, its value (Megatron-core's order).
-        angles_TD: RoPE angles [tokens, head_dim] FP32, each frequency twice (rotate-half); head_dim is a power of two.
+        angles_TD: RoPE angles [positions, head_dim] FP32, each frequency twice (rotate-half); head_dim is a power of two. Fewer positions
+            than tokens: the tokens of a row are windows of that length, one after another.
 
     Returns:
         [tokens, windows, query heads, head_dim], and twice [tokens, windows, groups, head_dim], contiguous, in the input's dtype.
     """
-    assert qkv_TBQ.size(2) == heads.qkv_width and qkv_TBQ.size(0) == angles_TD.size(0)
+    assert qkv_TBQ.size(2) == heads.qkv_width and qkv_TBQ.size(0) % angles_TD.size(0) == 0
     assert heads.head_dim == triton.next_power_of_2(heads.head_dim), "the angles' halves are one tile wide"
     return _SplitRope.apply(qkv_TBQ, angles_TD, heads)
 
@@ -129,7 +138,8 @@ class _SplitRope(torch.autograd.Function):
         tokens, windows = qkv_TBQ.shape[:2]
         query = qkv_TBQ.new_empty(tokens, windows, heads.groups * heads.heads_per_group, heads.head_dim)
         key, value = (qkv_TBQ.new_empty(tokens, windows, heads.groups, heads.head_dim) for _ in range(2))
-        _launch(split_kernel, heads, tokens * windows, windows, qkv_TBQ, angles_TD, query, key, value)
+        shape = (tokens * windows, windows, angles_TD.size(0))
+        _launch(split_kernel, heads, shape, qkv_TBQ, angles_TD, query, key, value)
         ctx.save_for_backward(angles_TD)
         ctx.heads = heads
         return query, key, value
@@ -143,15 +153,16 @@ class _SplitRope(torch.autograd.Function):
         tokens, windows = dquery.shape[:2]
         dqkv_TBQ = dquery.new_empty(tokens, windows, ctx.heads.qkv_width)
         grads = (dquery.contiguous(), dkey.contiguous(), dvalue.contiguous())
-        _launch(join_kernel, ctx.heads, tokens * windows, windows, *grads, angles_TD, dqkv_TBQ)
+        shape = (tokens * windows, windows, angles_TD.size(0))
+        _launch(join_kernel, ctx.heads, shape, *grads, angles_TD, dqkv_TBQ)
         return dqkv_TBQ, None, None
 
 
-def _launch(kernel: triton.JITFunction, heads: Heads, rows: int, batch_size: int, *tensors: Tensor) -> None:
-    kernel[(triton.cdiv(rows, BLOCK_ROWS),)](
+def _launch(kernel: triton.JITFunction, heads: Heads, shape: tuple[int, int, int], *tensors: Tensor) -> None:
+    """shape: (rows, batch_size, positions)."""
+    kernel[(triton.cdiv(shape[0], BLOCK_ROWS),)](
         *tensors,
-        rows,
-        batch_size,
+        *shape,
         heads.groups,
         heads.heads_per_group,
         HALF=heads.head_dim // 2,

@@ -21,6 +21,17 @@ def _rows(batch_size, seq_len: tl.constexpr, windows: tl.constexpr, BLOCK_M: tl.
 
 
 @triton.jit
+def _visible(starts, own_window_M, token_M, real_M, seq_len: tl.constexpr, windows: tl.constexpr):
+    """Which rows [M, M] see which: those of their window up to themselves and, where `starts` is given, from their document's first on."""
+    visible_MM = (own_window_M[:, None] == own_window_M[None, :]) & (token_M[:, None] >= token_M[None, :])
+    if starts is not None:
+        window_M = (tl.program_id(0) * windows + own_window_M).to(tl.int64)
+        start_M = tl.load(starts + window_M * seq_len + token_M, mask=real_M, other=0)
+        visible_MM = visible_MM & (token_M[None, :] >= start_M[:, None])
+    return visible_MM
+
+
+@triton.jit
 def _halves(base, place_M, real_M, row_width: tl.constexpr, HALF: tl.constexpr):
     """The two halves [M, H] of a head that begins at `base` in every row."""
     at_MH = base + place_M[:, None] * row_width + tl.arange(0, HALF)[None, :]
@@ -62,6 +73,7 @@ def _probabilities(qa_MH, qb_MH, ka_MH, kb_MH, visible_MM, scale: tl.constexpr):
 def forward_kernel(
     qkv,
     angles,
+    starts,
     out,
     batch_size,
     seq_len: tl.constexpr,
@@ -78,7 +90,7 @@ def forward_kernel(
     out_width: tl.constexpr = groups * heads_per_group * width
     group = tl.program_id(1)
     own_window_M, token_M, place_M, real_M = _rows(batch_size, seq_len, windows, BLOCK_M)
-    visible_MM = (own_window_M[:, None] == own_window_M[None, :]) & (token_M[:, None] >= token_M[None, :])
+    visible_MM = _visible(starts, own_window_M, token_M, real_M, seq_len, windows)
     cos_MH, sin_MH = _angles(angles, token_M, HALF)
 
     first = qkv + group * ((heads_per_group + 2) * width)
@@ -97,6 +109,7 @@ def forward_kernel(
 def backward_kernel(
     qkv,
     angles,
+    starts,
     dout,
     dqkv,
     batch_size,
@@ -114,7 +127,7 @@ def backward_kernel(
     out_width: tl.constexpr = groups * heads_per_group * width
     group = tl.program_id(1)
     own_window_M, token_M, place_M, real_M = _rows(batch_size, seq_len, windows, BLOCK_M)
-    visible_MM = (own_window_M[:, None] == own_window_M[None, :]) & (token_M[:, None] >= token_M[None, :])
+    visible_MM = _visible(starts, own_window_M, token_M, real_M, seq_len, windows)
     cos_MH, sin_MH = _angles(angles, token_M, HALF)
 
     offset = group * ((heads_per_group + 2) * width)

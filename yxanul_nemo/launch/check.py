@@ -12,6 +12,7 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
+from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, room_for
 from yxanul_nemo.model.memory import MOST_MICRO_BATCH_TOKENS
 from yxanul_nemo.runtime import check_precision, formats_of, resolve_device, resolve_layer_spec, te_version
 
@@ -83,29 +84,38 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
     """Which attention Transformer Engine takes at each sequence length of the recipe."""
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
-    from yxanul_nemo.kernels.window_attention import why_unsupported
+    from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW, why_unsupported
 
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
-    for seq_len in sorted({phase.seq_len for phase in config.curriculum.phases} | {config.validation.eval_len}):
+    trained = {phase.seq_len for phase in config.curriculum.phases}
+    # Validation is of single documents, which need no mask.
+    cases = {(seq_len, config.data.document_mask) for seq_len in trained} | {(config.validation.eval_len, False)}
+    for seq_len, masked in sorted(cases):
+        where = f"attention   seq_len {seq_len:>5}{' inside documents' if masked else ''}"
         if why_unsupported(dtype, seq_len, config.model.head_dim) is None:
-            yield f"attention   seq_len {seq_len:>5}: window kernel"
+            yield f"{where}: window kernel"
             continue
+        windows = max(1, MOST_MICRO_BATCH_TOKENS // seq_len)
+        lists = masked and dtype == torch.bfloat16 and seq_len > LONGEST_WINDOW
+        tokens = windows * seq_len if lists else 0
         params = AttentionParams(
             qkv_dtype=dtype,
-            qkv_layout="sbhd_sbhd_sbhd",
-            batch_size=max(1, MOST_MICRO_BATCH_TOKENS // seq_len),
+            qkv_layout="thd_thd_thd" if lists else "sbhd_sbhd_sbhd",
+            batch_size=room_for(windows + tokens // TYPICAL_DOCUMENT_TOKENS) if lists else windows,
+            num_tokens_q=tokens,
+            num_tokens_kv=tokens,
             num_heads=config.model.num_attention_heads,
             num_gqa_groups=config.model.kv_groups,
             max_seqlen_q=seq_len,
             max_seqlen_kv=seq_len,
             head_dim_qk=config.model.head_dim,
             head_dim_v=config.model.head_dim,
-            attn_mask_type="causal",
+            attn_mask_type="padding_causal" if lists else "arbitrary" if masked else "causal",
         )
         flash, _, fused, _, unfused, _ = get_attention_backend(params)
         chosen = "FlashAttention" if flash else "cuDNN fused" if fused else "unfused" if unfused else "none"
         warning = "  (slow, and memory grows with the square of the length)" if chosen == "unfused" else ""
-        yield f"attention   seq_len {seq_len:>5}: {chosen}{warning}"
+        yield f"{where}: {chosen}{warning}"
 
 
 def probe_precision(config: RunConfig, name: str) -> str:

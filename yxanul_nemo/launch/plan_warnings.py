@@ -44,6 +44,10 @@ def plan_warnings(
         warnings.append(
             "speed and memory are those of parallel.layer_spec=te with op_fuser and cuda_graph: others are slower"
         )
+    if config.data.document_mask:
+        warnings.append(
+            "data.document_mask: speed, memory and FLOPs are those of attention over whole windows; inside documents there is less of it"
+        )
     if gpu is not None:
         warnings += _memory_warnings(config, gpu, rows, config.model.padded_vocab_size(vocab_size))
     return warnings

@@ -1,11 +1,14 @@
 """Megatron-core's self-attention with the project's kernels around and, for short windows, in place of Transformer Engine's attention."""
 
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.split_rope import split_rope
 from yxanul_nemo.kernels.window_attention import why_unsupported, window_attention
+from yxanul_nemo.model.documents import hidden_tokens
 
 
 class WindowSelfAttention(SelfAttention):
@@ -20,9 +23,15 @@ class WindowSelfAttention(SelfAttention):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         rotary_pos_emb: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **options: object,
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states [T, B, hidden] -> (output [T, B, hidden], bias or None), causal."""
+        """hidden_states [T, B, hidden] -> (output [T, B, hidden], bias or None), causal.
+
+        Args:
+            attention_mask: where each token's document begins in its window [B, T] (`model.documents`); None: windows are whole.
+            packed_seq_params: the list of documents, where the windows stand one after another in one row [B x T, 1, hidden].
+        """
         heads = Heads(
             self.num_query_groups_per_partition,
             self.num_attention_heads_per_partition // self.num_query_groups_per_partition,
@@ -31,11 +40,25 @@ class WindowSelfAttention(SelfAttention):
         is_plain = rotary_pos_emb is not None and all(option is None for option in options.values())
         # Under context parallelism a rank's tokens are not neighbours, which Transformer Engine's own path knows.
         if not is_plain or self.config.context_parallel_size > 1 or heads.head_dim & (heads.head_dim - 1):
+            assert attention_mask is None and packed_seq_params is None, "config.run refuses document masks here"
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **options)
         qkv_TBGX, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
         qkv_TBQ, angles_TD = qkv_TBGX.flatten(2), rotary_pos_emb[:, 0, 0]
-        if attention_mask is None and why_unsupported(qkv_TBQ.dtype, qkv_TBQ.size(0), heads.head_dim) is None:
-            return self.linear_proj(window_attention(qkv_TBQ, angles_TD, heads))
+        if packed_seq_params is None and why_unsupported(qkv_TBQ.dtype, qkv_TBQ.size(0), heads.head_dim) is None:
+            return self.linear_proj(window_attention(qkv_TBQ, angles_TD, heads, attention_mask))
         query, key, value = split_rope(qkv_TBQ, angles_TD, heads)
-        out_TBO = self.core_attention(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        if packed_seq_params is not None:
+            out_NO = self.core_attention(
+                *(x.squeeze(1) for x in (query, key, value)),
+                None,
+                attn_mask_type=self.attn_mask_type,
+                packed_seq_params=packed_seq_params,
+            )
+            return self.linear_proj(out_NO.unsqueeze(1))
+        if attention_mask is None:
+            out_TBO = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)
+        else:
+            # What the kernel does not take, FP32 above all, is left to unfused attention.
+            mask = hidden_tokens(attention_mask)
+            out_TBO = self.core_attention(query, key, value, mask, attn_mask_type=AttnMaskType.arbitrary)
         return self.linear_proj(out_TBO)

@@ -13,6 +13,7 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.kernels.linear_cross_entropy import linear_cross_entropy
 from yxanul_nemo.model.counts import parameter_count
+from yxanul_nemo.model.documents import Documents, document_starts, hidden_tokens, packed_sequences
 from yxanul_nemo.model.embedding import FactorizedEmbedding
 from yxanul_nemo.model.layers import TorchRotaryEmbedding, te_layer_spec, torch_block_spec
 
@@ -23,6 +24,7 @@ class YxanulGPT(GPTModel):
     def __init__(self, model: ModelConfig, config: TransformerConfig, vocab_size: int, layer_spec: str):
         self.real_vocab_size = vocab_size
         self.model_shape = model
+        self.with_te = layer_spec == "te"
         spec = te_layer_spec(config) if layer_spec == "te" else torch_block_spec(config)
         super().__init__(
             config,
@@ -56,12 +58,36 @@ class YxanulGPT(GPTModel):
         self.output_layer.weight = None
         super().setup_embeddings_and_output_layer()
 
-    def forward(self, ids_BT: Tensor, labels_BT: Tensor | None = None, **options: object) -> Tensor:
-        """Args: ids_BT token ids [B, T]; labels_BT the token after each of them [B, T], -100 where none is scored.
+    def forward(
+        self, ids_BT: Tensor, labels_BT: Tensor | None = None, documents: Documents | None = None, **options: object
+    ) -> Tensor:
+        """Args: ids_BT token ids [B, T]; labels_BT the token after each of them [B, T], -100 where none is scored; documents that
+        attention stays inside of, None: it goes over the whole window.
 
         Returns: logits [B, T, vocab_size] in FP32 without labels (a small model's tool), else the loss per token [B, T] in FP32.
         """
-        return super().forward(ids_BT, None, None, labels=labels_BT, output_processor=self._head, **options)
+        options["output_processor"] = self._head
+        if documents is None:
+            return super().forward(ids_BT, None, None, labels=labels_BT, **options)
+        if self.lists_documents(ids_BT.size(1)):
+            # One long row, as the list counts: what is not attention does not mind, and nothing has to be copied into another order.
+            labels_1N = None if labels_BT is None else labels_BT.reshape(1, -1)
+            packed = packed_sequences(ids_BT, documents)
+            out = super().forward(
+                ids_BT.reshape(1, -1), None, None, labels=labels_1N, packed_seq_params=packed, **options
+            )
+            return out.view(*ids_BT.shape, *out.shape[2:])
+        starts_BT = document_starts(ids_BT, documents.eos_id)
+        mask = starts_BT if self.with_te else hidden_tokens(starts_BT)
+        return super().forward(ids_BT, None, mask, labels=labels_BT, **options)
+
+    def lists_documents(self, seq_len: int) -> bool:
+        """Whether attention in windows of this length is kept inside documents by a list of them, which needs `Documents.room`."""
+        if not (self.with_te and self.config.bf16):
+            return False
+        from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW
+
+        return seq_len > LONGEST_WINDOW
 
     def _head(self, *, hidden_states: Tensor, labels: Tensor | None, output_weight: Tensor, **_: object) -> Tensor:
         tp_group = self.pg_collection.tp if self.config.tensor_model_parallel_size > 1 else None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.model.documents import Documents
 from yxanul_nemo.model.fp8_state import forget_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.guard import UpdateGuard
@@ -33,6 +34,10 @@ class Backend(Protocol):
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Warm up for this shape (a CUDA graph is captured here). Called once, before a checkpoint's state is loaded."""
+
+    def make_room(self, ids_ABT: Tensor) -> None:
+        """Called with every step's token ids while they are still on the host: where documents are masked and listed for a CUDA graph,
+        there must be room for them all."""
 
     def train_step(
         self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
@@ -71,12 +76,18 @@ def forget_backends(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-def make_backend(model: YxanulGPT, config: RunConfig, device: str) -> Backend:
-    """The backend for `device` (`cpu` or `cuda`)."""
+def make_backend(model: YxanulGPT, config: RunConfig, device: str, eos_id: int | None = None) -> Backend:
+    """The backend for `device` (`cpu` or `cuda`).
+
+    Args:
+        eos_id: token between documents, which `data.document_mask` needs.
+    """
+    assert eos_id is not None or not config.data.document_mask
+    documents = Documents(eos_id) if eos_id is not None and config.data.document_mask else None
     if device == "cuda":
         from yxanul_nemo.training.cuda_backend import CudaBackend
 
-        return CudaBackend(model, config)
+        return CudaBackend(model, config, documents)
     from yxanul_nemo.training.cpu_backend import CpuBackend
 
-    return CpuBackend(model, config.optim, config.parallel, config.guards)
+    return CpuBackend(model, config.optim, config.parallel, config.guards, documents)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from yxanul_nemo.config.guards import GuardsConfig
 from yxanul_nemo.config.training import OptimConfig, ParallelConfig
+from yxanul_nemo.model.documents import Documents
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
 from yxanul_nemo.training.flat_parameters import FlatParameters
@@ -26,9 +27,10 @@ class CpuBackend:
         optim: OptimConfig,
         parallel: ParallelConfig | None = None,
         guards: GuardsConfig | None = None,
+        documents: Documents | None = None,
     ):
         parallel = parallel or ParallelConfig()
-        self.model = model
+        self.model, self.documents = model, documents
         self.guard = UpdateGuard(guards or GuardsConfig(), torch.device("cpu"))
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.overlaps = parallel.overlap_gradients
@@ -37,6 +39,9 @@ class CpuBackend:
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Nothing to warm up."""
+
+    def make_room(self, ids_ABT: Tensor) -> None:
+        """A CPU has no lists of documents."""
 
     def train_step(
         self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
@@ -50,7 +55,7 @@ class CpuBackend:
         for number, (ids_BT, labels_BT) in enumerate(zip(ids_ABT, labels_ABT, strict=True), start=1):
             if self.overlaps and number == len(ids_ABT):
                 self.flat.reduce_early()
-            loss_BT = self.model(ids_BT, labels_BT)
+            loss_BT = self.model(ids_BT, labels_BT, self.documents)
             (loss_BT.sum() * scale).backward()
             loss_sum += loss_BT.detach().sum(dtype=torch.float64)
         self.flat.reduce_grads()

@@ -4,6 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import Tensor
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.context import WindowSlices
+from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, Documents, count_documents
 from yxanul_nemo.model.fp8_state import scaling_state_kept, sharded_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.document_room import DocumentRoom
 from yxanul_nemo.training.flat_parameters import FlatParameters
 from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamAdamW
@@ -32,10 +35,9 @@ TIMED_PASSES = 10
 class CudaBackend:
     """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
 
-    def __init__(self, model: YxanulGPT, config: RunConfig):
-        self.model = model
+    def __init__(self, model: YxanulGPT, config: RunConfig, documents: Documents | None = None):
+        self.model, self.documents, self.precision = model, documents, config.precision
         self.guard = UpdateGuard(config.guards, torch.device("cuda", torch.cuda.current_device()))
-        self.precision = config.precision
         self.is_fp8 = config.precision.is_fp8
         self.fp8_format = model.config.fp8
         self.use_graph = config.parallel.cuda_graph
@@ -66,11 +68,30 @@ class CudaBackend:
         self.ids_BT, self.labels_BT = (
             self.slices.take(torch.randint(0, self.model.real_vocab_size, shape, device="cuda")) for _ in range(2)
         )
+        self.room: DocumentRoom | None = None
+        if self.documents is not None:
+            self.ids_BT.view(-1)[100::TYPICAL_DOCUMENT_TOKENS] = self.documents.eos_id
+            if self.model.lists_documents(seq_len):
+                self.room = DocumentRoom(count_documents(self.ids_BT[None], self.documents.eos_id))
+                self.documents = replace(self.documents, room=self.room.size)
         tokens = accumulation * self.ids_BT.numel() * self.data_group.size()
         self.scale = torch.full((), 1.0 / tokens, device="cuda")
         for _ in range(WARMUP_PASSES):
             self._forward_backward()
         torch.cuda.synchronize()
+
+    def make_room(self, ids_ABT: Tensor) -> None:
+        """Have room for the documents of a step's micro-batches, whose ids are still on the host; a new size needs a new graph."""
+        if self.room is None or not self.room.changes_for(count_documents(ids_ABT, self.documents.eos_id)):
+            return
+        logger.info("room for %d documents in a micro-batch, before for %d", self.room.size, self.documents.room)
+        self.documents = replace(self.documents, room=self.room.size)
+        # Its memory is needed for the next one.
+        self.graphs = {}
+        if self.use_graph:
+            # cuDNN's plans for this size must exist before capture. The gradients are zeroed next; the scales are not to notice.
+            with scaling_state_kept(self.model, self.precision):
+                self._forward_backward()
 
     def train_step(
         self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
@@ -157,7 +178,7 @@ class CudaBackend:
     def _forward_backward(self, reduces: bool = False) -> None:
         if reduces:
             self.flat.reduce_early()
-        loss_BT = self.model(self.ids_BT, self.labels_BT)
+        loss_BT = self.model(self.ids_BT, self.labels_BT, self.documents)
         (loss_BT.sum() * self.scale).backward()
         self.loss_sum += loss_BT.detach().sum(dtype=torch.float64)
         if reduces:

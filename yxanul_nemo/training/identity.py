@@ -22,6 +22,7 @@ def expected_run(config: RunConfig, manifest: CorpusManifest, phases: list[Phase
         tokenizer_fingerprint=manifest.tokenizer_fingerprint,
         model_fingerprint=fingerprint({"model": config.model.model_dump(), "vocab_size": manifest.vocab_size}),
         config_fingerprint=fingerprint(decisive),
+        document_mask=config.data.document_mask,
         phases=tuple(phase_plan(phase) for phase in phases),
     )
 

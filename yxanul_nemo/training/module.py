@@ -72,6 +72,11 @@ class PhaseModule(pl.LightningModule):
         tokens = (self.steps_done - before) * self.phase.tokens_per_step
         return self.start_ledger.consume(tokens, per_source, skipped_steps=self.meter.skipped)
 
+    def on_before_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """The step's batch, right before it goes to the device."""
+        self.backend.make_room(batch[0])
+        return batch
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
         """One optimizer step on (ids_ABT, labels_ABT)."""
         ids_ABT, labels_ABT = batch

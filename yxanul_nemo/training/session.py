@@ -158,7 +158,7 @@ class PhaseSession:
             config.run.seed,
             seq_len=self.phase.seq_len,
         )
-        self.backend: Backend = make_backend(model, config, self.device)
+        self.backend: Backend = make_backend(model, config, self.device, self.manifest.eos_id)
         self.layout = fit_batch(
             self.phase,
             data_parallel,

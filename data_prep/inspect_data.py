@@ -93,7 +93,7 @@ def document_lengths(manifest: CorpusManifest, data_dir: Path, source: str, spli
 
 
 def mean_seen_tokens(lengths: np.ndarray, seq_len: int) -> float:
-    """Tokens that a token attends to, itself included, where attention stays inside documents; windows cut through them one after another."""
+    """Tokens that a token attends to, itself included, where attention stays inside documents that windows are cut of in this order."""
     total = int(lengths.sum())
     ends = np.union1d(np.cumsum(lengths), np.arange(seq_len, total, seq_len))
     pieces = np.diff(ends, prepend=0).astype(np.float64)

@@ -42,7 +42,7 @@ def count_documents(ids_ABT: Tensor, eos_id: int) -> int:
 def document_starts(ids_BT: Tensor, eos_id: int) -> Tensor:
     """The token of its window with which each token's document begins [B, T] int32: the first one that it sees."""
     place_T = torch.arange(ids_BT.size(1), dtype=torch.int32, device=ids_BT.device)
-    return torch.where(_begins(ids_BT, eos_id), place_T, 0).cummax(dim=1).values
+    return (place_T * _begins(ids_BT, eos_id)).cummax(dim=1).values
 
 
 def hidden_tokens(starts_BT: Tensor) -> Tensor:
@@ -71,5 +71,5 @@ def packed_sequences(ids_BT: Tensor, documents: Documents) -> PackedSeqParams:
 def _begins(ids: Tensor, eos_id: int) -> Tensor:
     """Whether a document begins at each token; the last axis goes through a window."""
     begins = ids == eos_id
-    begins[..., 0] = True
+    begins.select(-1, 0).fill_(True)
     return begins

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.tensor_parallel.random import get_all_rng_states
 from torch import Tensor
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.context import WindowSlices
 from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, Documents, count_documents
@@ -61,7 +63,8 @@ class CudaBackend:
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Warm up on random tokens, so that lazily made state exists when a checkpoint is loaded.
 
-        FP8's delayed scales start from these passes, whose gradients have the size of real ones.
+        FP8's delayed scales start from these passes, whose gradients have the size of real ones. Raises UserError if this GPU cannot keep
+        attention inside documents at this length.
         """
         self.model.train()
         shape = (micro_batch_size, seq_len)
@@ -72,6 +75,7 @@ class CudaBackend:
         if self.documents is not None:
             self.ids_BT.view(-1)[100::TYPICAL_DOCUMENT_TOKENS] = self.documents.eos_id
             if self.model.lists_documents(seq_len):
+                _require_packed_attention(seq_len)
                 self.room = DocumentRoom(count_documents(self.ids_BT[None], self.documents.eos_id))
                 self.documents = replace(self.documents, room=self.room.size)
         tokens = accumulation * self.ids_BT.numel() * self.data_group.size()
@@ -254,3 +258,17 @@ class CudaBackend:
             self.use_graph = False
             return None
         return graph
+
+
+def _require_packed_attention(seq_len: int) -> None:
+    """Refuse to have documents padded to whole windows, as unfused attention would, whose memory no GPU has."""
+    capability = torch.cuda.get_device_capability()
+    # cuDNN takes packed documents from Hopper on (Transformer Engine 2.20).
+    if capability < (9, 0) and find_spec("flash_attn") is None:
+        raise UserError(
+            "data.document_mask",
+            f"is true, but this GPU (compute capability {capability[0]}.{capability[1]}) has no fused attention for documents in windows "
+            f"of {seq_len} tokens",
+            "a Hopper GPU or newer, or the package flash-attn",
+            "Set data.document_mask=false, or train windows of up to 128 tokens.",
+        )

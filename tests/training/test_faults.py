@@ -214,7 +214,7 @@ def test_a_hanging_rank_is_ended_with_the_stacks_of_all(make_run: MakeRun, tmp_p
         assert_matches(
             text, r"rank \d: no step for 0\.\d minutes \(guards\.hang_minutes\).*Current thread.*in step_and_hang"
         )
-    assert "in all_reduce" in shown[0] and "in all_reduce" not in shown[1], shown
+    assert "in reduce_scatter_tensor" in shown[0] and "in reduce_scatter_tensor" not in shown[1], shown
     assert newest(config).tokens == 2048
     run_ranks(sessions.train, 2, config, PHASES)
     assert newest(config).tokens == TOTAL

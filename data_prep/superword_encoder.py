@@ -17,6 +17,7 @@ import re
 import threading
 import unicodedata
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Self
 
 import numpy as np
@@ -24,6 +25,7 @@ import tokenizers
 
 from data_prep.pair_merging import MOST_IDS
 from data_prep.piece_memory import SHORT_BYTES, PieceMemory, short_keys
+from data_prep.superbpe_rules import GROUPS_OF_THREE
 from data_prep.superword_tables import SuperwordTables, join_places
 
 MEMORY_PIECES = 400_000
@@ -39,7 +41,7 @@ REFUSED = -1
 CUT_BEFORE = 1 << 24
 """Added to the id of a token that the pre-tokenizer keeps apart from the one before it."""
 
-_DIGIT_GROUPS = re.compile(rb"[0-9]{1,3}(?=(?:[0-9]{3})*(?![0-9]))|[^0-9]+")
+_GROUP_BORDERS = re.compile(GROUPS_OF_THREE)
 
 
 class SuperwordEncoder:
@@ -62,7 +64,7 @@ class SuperwordEncoder:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray | None]:
         """Ids of each text, int32 of shape [tokens]; None for those that are left to the tokenizer: in scripts without spaces and
-        ASCII punctuation, with digits beyond ASCII, with tokens that are found before any merging, or longer than `SLICE_BYTES`.
+        ASCII punctuation, with unassigned characters, with tokens that are found before any merging, or longer than `SLICE_BYTES`.
         """
         results: list[np.ndarray | None] = []
         held: list[bytes] = []
@@ -146,10 +148,11 @@ class SuperwordEncoder:
             piece = raw[starts[number] : starts[number] + sizes[number]]
             first = int(firsts[number])
             cut[first + 1 : first + len(piece)] = False
-            if _may_be_number_beyond_ascii(piece.decode()):
+            cuts = _number_cuts(piece.decode())
+            if cuts is None:
                 refused.append(first)
             else:
-                apart += [first + group.start() for group in _DIGIT_GROUPS.finditer(piece) if group.start()]
+                apart += [first + place for place in cuts]
         cut[apart] = True
         ids = self._tables.byte_ids[text]
         alive = self._tables.merges.merge(ids, np.flatnonzero(cut), 0, self._tables.first_crossing)
@@ -182,11 +185,19 @@ class SuperwordEncoder:
         self._memory.set_ids(np.array([REFUSED]), np.array([1]))
 
 
-def _may_be_number_beyond_ascii(piece: str) -> bool:
-    """Whether the pre-tokenizer may cut a piece elsewhere than beside ASCII digits.
+def _number_cuts(piece: str) -> list[int] | None:
+    """Bytes of a piece before each place where the pre-tokenizer cuts it; None if that is not known.
 
     Characters that Python's Unicode tables do not know may be digits in the library's.
     """
-    return any(
-        unicodedata.category(character) in ("Nd", "Nl", "No", "Cn") for character in piece if character >= "\x80"
-    )
+    categories = [unicodedata.category(character) for character in piece]
+    if "Cn" in categories:
+        return None
+    cuts, place = [], 0
+    for is_number, run in groupby(zip(categories, piece, strict=True), key=lambda pair: pair[0][0] == "N"):
+        text = "".join(character for _, character in run)
+        cuts.append(place)
+        if is_number:
+            cuts += [place + len(text[: border.start()].encode()) for border in _GROUP_BORDERS.finditer(text, 1)]
+        place += len(text.encode())
+    return cuts[1:]

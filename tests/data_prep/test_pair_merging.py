@@ -1,6 +1,7 @@
 """Merging many sequences at once gives what the plain loop gives for each."""
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ def plain_merge(ids: list[int], ranks: dict[tuple[int, int], tuple[int, int]], f
     while True:
         possible = [
             (ranks[pair][0], place)
-            for place, pair in enumerate(zip(ids, ids[1:], strict=False))
+            for place, pair in enumerate(pairwise(ids))
             if pair in ranks and first <= ranks[pair][0] < end
         ]
         if not possible:

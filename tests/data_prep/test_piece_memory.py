@@ -1,6 +1,7 @@
 """The memory of pieces beside a dictionary."""
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -54,14 +55,12 @@ def test_gives_the_ids_of_each_piece(memory):
     generator = random.Random(1)
     expected: list[list[int]] = []
     for _ in range(3):
-        _, examples = memory.add(keys_of(random_pieces(generator, 400))[:, :])
+        memory.add(keys_of(random_pieces(generator, 400)))
         long = memory.add_long(bytes(generator.choices(b"xyz", k=40)))
         assert long == len(memory) - 1
         fresh = [generator.choices(range(1000), k=generator.randint(1, 20)) for _ in range(len(memory) - len(expected))]
-        memory.set_ids(np.array(sum(fresh, [])), np.array([len(ids) for ids in fresh]))
+        memory.set_ids(np.concatenate(fresh), np.array([len(ids) for ids in fresh]))
         expected += fresh
     numbers = [generator.randrange(len(expected)) for _ in range(2000)]
     ids, bounds = memory.ids(np.array(numbers))
-    assert [ids[a:b].tolist() for a, b in zip(bounds[:-1], bounds[1:], strict=True)] == [
-        expected[number] for number in numbers
-    ]
+    assert [ids[a:b].tolist() for a, b in pairwise(bounds)] == [expected[number] for number in numbers]

@@ -202,7 +202,13 @@ def main() -> int:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", nargs="+", choices=sorted(SUITES), required=True)
-    parser.add_argument("--only", nargs="+", help="names of runs in the suites")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=sorted({arm.name for suite in SUITES.values() for arm in suite}),
+        metavar="NAME",
+        help="of the suites, in this order",
+    )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", nargs="+", default=["0"], help="none: a CPU")
     parser.add_argument("--per-gpu", type=int, default=1)
@@ -224,10 +230,10 @@ def main() -> int:
         name, _, override = given.partition("=")
         tokenizers[name] = (*tokenizers.get(name, ()), override)
     arms: queue.SimpleQueue[Arm] = queue.SimpleQueue()
-    for suite in arguments.suite:
-        for arm in SUITES[suite]:
-            if arm.name not in results and (arguments.only is None or arm.name in arguments.only):
-                arms.put(arm)
+    known = {arm.name: arm for suite in arguments.suite for arm in SUITES[suite]}
+    for name in arguments.only or known:
+        if name not in results:
+            arms.put(known[name])
     pool = Pool(arguments.out, tuple(arguments.overrides), tokenizers, arguments.keep, results)
     places = [
         threading.Thread(target=pool.work, args=(arms, gpu)) for _ in range(arguments.per_gpu) for gpu in arguments.gpus

@@ -109,12 +109,12 @@ def measure_layouts(options: argparse.Namespace) -> None:
             config = parse(compose(settings))
             data_ranks = processes // (config.parallel.tensor_parallel * config.parallel.context_parallel)
             corpus, device = Corpus(config), resolve_device(config.parallel)
-            (case,) = bench_cases(config, data_ranks)
+            (case,) = bench_cases(config, (config.precision.name,), data_ranks)
             row: dict[str, Any] = {"layout": name, "gpus": processes, "seq_len": seq_len, "settings": settings}
             row |= {"tokens_per_step": case.phase.tokens_per_step, "accumulation": case.accumulation}
             row |= {"micro_batch_tokens": case.micro_batch_tokens}
             try:
-                result = measure(config, case, corpus.windows(seq_len), corpus.vocab_size, device)
+                result = measure(config, case, corpus.windows(seq_len), corpus.vocab_size, corpus.eos_id, device)
             except Exception as error:  # noqa: BLE001 - the other layouts may still run
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             else:

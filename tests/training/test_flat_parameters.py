@@ -1,7 +1,9 @@
 """Buckets of parameters on gloo ranks: what each of them updates, and sums of gradients early and late."""
 
+import gc
 import math
 import random
+import weakref
 
 import torch
 import torch.distributed as dist
@@ -80,3 +82,20 @@ def test_each_rank_updates_rows_of_its_own_and_has_the_whole_model() -> None:
             blocks = [(first, count) for param, first, count in updated if param == i]
             assert [first for first, _ in blocks] == [sum(c for _, c in blocks[:k]) for k in range(len(blocks))]
             assert sum(count for _, count in blocks) == shape[0]
+
+
+def freed() -> list[bool]:
+    """Whether parameters and their memory are gone with the last reference to them."""
+    dist.init_process_group("gloo")
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    flat = FlatParameters(params, dist.group.WORLD, is_shared=False)
+    sum(param.sum() for param in params).backward()
+    held = [weakref.ref(x) for x in (flat, flat.buckets[0], flat.buckets[0].grads, params[0])]
+    del flat, params
+    gc.collect()
+    return [reference() is None for reference in held]
+
+
+def test_nothing_stays_in_memory_when_a_model_is_dropped() -> None:
+    """The benchmark and precision=auto make several in one process."""
+    assert run_ranks(freed, 1) == [[True] * 4]

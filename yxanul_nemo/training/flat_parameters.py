@@ -9,8 +9,10 @@ inside rows (megatron-core 0.19, param_and_grad_buffer): here CPUs and GPUs do t
 """
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -55,10 +57,8 @@ class FlatParameters:
         self.params = [param for param in params if param.requires_grad]
         self.buckets = [_Bucket(of_bucket, group, self.is_shared) for of_bucket in _split(self.params, bucket_elements)]
         self.parts = [part for bucket in self.buckets for part in bucket.parts]
-        self._reduces_early = False
         for bucket in self.buckets:
-            for param, grad in zip(bucket.params, bucket.grad_views, strict=True):
-                self._add_up(param, grad, bucket)
+            bucket.add_up_gradients()
 
     def zero_grads(self) -> None:
         """Begin a step."""
@@ -67,29 +67,18 @@ class FlatParameters:
 
     def reduce_early(self) -> None:
         """In the next backward pass, begin to reduce each bucket as soon as its gradients are there; `reduce_grads` then waits."""
-        self._reduces_early = True
         for bucket in self.buckets:
             bucket.await_all()
 
     def reduce_grads(self) -> None:
         """Sum the gradients over the group; where parameters are shared out, each rank then has those of its own parts only."""
         for bucket in self.buckets:
-            bucket.wait() if self._reduces_early else bucket.reduce(is_async=False)
-        self._reduces_early = False
+            bucket.wait() if bucket.reduces_early else bucket.reduce(is_async=False)
 
     def publish(self) -> None:
         """Round the main parameters into the model's, on all ranks."""
         for bucket in self.buckets:
             bucket.publish()
-
-    def _add_up(self, param: Parameter, grad: Tensor, bucket: "_Bucket") -> None:
-        def add(param: Parameter) -> None:
-            grad.add_(param.grad)
-            param.grad = None
-            if self._reduces_early:
-                bucket.has_one_more()
-
-        param.register_post_accumulate_grad_hook(add)
 
 
 class _Bucket:
@@ -112,6 +101,7 @@ class _Bucket:
             self.mains = self.mains.float()
         self.grad_views = [self.grads[b : b + p.numel()].view_as(p) for p, b in zip(params, begins, strict=True)]
         self.parts = [part for p, b in zip(params, begins, strict=True) if (part := self._part(p, b)) is not None]
+        self.reduces_early = False
         self._here = 0
         self._work: dist.Work | None = None
 
@@ -129,9 +119,25 @@ class _Bucket:
             grad=self.grads[first : first + count].view(shape),
         )
 
+    def add_up_gradients(self) -> None:
+        """Have each gradient that a backward pass computes added to those in the bucket."""
+        # A hook is kept by its parameter where Python's collector does not look: what it refers to would never be freed.
+        reference = weakref.ref(self)
+
+        def add(param: Parameter, number: int) -> None:
+            bucket = reference()
+            assert bucket is not None, "a backward pass of a model whose optimizer is gone"
+            bucket.grad_views[number].add_(param.grad)
+            param.grad = None
+            if bucket.reduces_early:
+                bucket.has_one_more()
+
+        for number, param in enumerate(self.params):
+            param.register_post_accumulate_grad_hook(partial(add, number=number))
+
     def await_all(self) -> None:
-        """A backward pass begins."""
-        self._here, self._work = 0, None
+        """A backward pass begins whose gradients are reduced as they come."""
+        self._here, self._work, self.reduces_early = 0, None, True
 
     def has_one_more(self) -> None:
         """Reduce beside the computation, once the last gradient is there."""
@@ -142,6 +148,7 @@ class _Bucket:
     def wait(self) -> None:
         """Have what is computed from here on wait for the reduction."""
         assert self._here == len(self.params), "a backward pass has left out a parameter"
+        self.reduces_early = False
         if self._work is not None:
             self._work.wait()
 

@@ -17,6 +17,9 @@ TOTAL = 18432
 STEPS = 22
 WEIGHTS = "rank_00000.safetensors"
 
+PROSE_ALONE = ("~validation.domains.code", "~validation.domains.reference")
+"""For GPU machines, whose installed packages may not make held-out text of every kind."""
+
 MakeRun = Callable[..., RunConfig]
 
 

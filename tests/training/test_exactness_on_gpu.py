@@ -7,7 +7,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training import sessions
-from tests.training.runs import PHASES, TOTAL, MakeRun, assert_equal_runs, newest
+from tests.training.runs import PHASES, PROSE_ALONE, TOTAL, MakeRun, assert_equal_runs, newest
 from yxanul_nemo.config.run import RunConfig
 
 pytestmark = pytest.mark.gpu
@@ -22,7 +22,7 @@ ON_GPU = (
 @pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
 def test_kills_and_stops_change_no_bit(make_run: MakeRun, tmp_path: Path, precision: str) -> None:
     """A signal at the end of a phase and one inside another, and kills without warning inside a step and a save."""
-    make = lambda: make_run(f"precision={precision}", *ON_GPU)  # noqa: E731
+    make = lambda: make_run(f"precision={precision}", *ON_GPU, *PROSE_ALONE)  # noqa: E731
     straight, disturbed = make(), make()
     run_ranks(sessions.train, 1, straight, PHASES)
     for tokens, work, killed_at in ((4096, "step", 6144), (13312, "save", 14336)):

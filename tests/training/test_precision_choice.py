@@ -9,7 +9,7 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.training import sessions
-from tests.training.runs import PHASES, MakeRun, assert_records_cover_each_step, ledger, newest, state
+from tests.training.runs import PHASES, PROSE_ALONE, MakeRun, assert_records_cover_each_step, ledger, newest, state
 from yxanul_nemo.bench.cases import bench_cases
 from yxanul_nemo.checkpoint.ledger import PhaseRecord
 from yxanul_nemo.checkpoint.shards import ShardReader
@@ -169,7 +169,7 @@ def test_the_check_says_what_auto_comes_to(
 @pytest.mark.gpu
 def test_phases_in_fp8_and_bf16_follow_one_another_and_a_resumed_one_keeps_its_format(make_run: MakeRun) -> None:
     """Both are measured in each phase; which one counts as the faster is the test's choice."""
-    config = make_run(*GPU_SHAPE)
+    config = make_run(*GPU_SHAPE, *PROSE_ALONE)
     rounds = [(1, "fp8_hybrid", 0, 2), (2, "bf16", 7168, 2), (2, "fp8_hybrid", 0, 0), (3, "fp8_hybrid", 0, 2)]
     for phase, favoured, stop_at, measured in rounds:
         assert run_ranks(sessions.train_in_favoured, 1, config, [phase], favoured, stop_at) == [measured]

@@ -35,7 +35,10 @@ CASES = [(layout, name) for layout in LAYOUTS for name in PRECISIONS if name == 
 SEQ_LEN, WINDOWS = 512, 16
 """Windows of a step, in two micro-batches."""
 SAVED_AT, STEPS = 10, 14
-LOSS_TOLERANCE = {"bf16": 1e-2, "fp8_hybrid": 2e-2}
+FIRST = 3
+FIRST_TOLERANCE = {"bf16": 5e-3, "fp8_hybrid": 1e-2}
+LOSS_TOLERANCE = {"bf16": 3e-2, "fp8_hybrid": 5e-2}
+"""Of the first steps, and of all: rounding differs from layout to layout, and grows where the loss falls fast."""
 GRADIENT_TOLERANCE = {"bf16": 0.2, "fp8_hybrid": 0.8}
 """Norm of the difference as a share of the norm, of each tensor's gradient. A wrong mask, position or missing sum gives 1 and more."""
 
@@ -150,9 +153,16 @@ of_cases = pytest.mark.parametrize(("layout", "precision"), CASES)
 
 
 @of_cases
-def test_losses_are_those_of_one_gpu_in_graphs(one: dict, found: dict, precision: str) -> None:
-    assert found["graphs"] and one[precision]["graphs"]
-    assert found["losses"] == pytest.approx(one[precision]["losses"], rel=LOSS_TOLERANCE[precision])
+def test_graphs_are_kept(one: dict, found: dict, precision: str) -> None:
+    assert one[precision]["graphs"]
+    assert found["graphs"]
+
+
+@of_cases
+def test_losses_are_those_of_one_gpu(one: dict, found: dict, precision: str) -> None:
+    expected = one[precision]["losses"]
+    assert found["losses"][:FIRST] == pytest.approx(expected[:FIRST], rel=FIRST_TOLERANCE[precision])
+    assert found["losses"] == pytest.approx(expected, rel=LOSS_TOLERANCE[precision])
     assert found["losses"][-1] < found["losses"][0] - 0.02, "something is learned"
 
 

@@ -60,10 +60,11 @@ def flops_at(run: Mapping[str, Any], tokens: float) -> float:
 
 
 def curve(run: Mapping[str, Any], domain: str = "docs") -> tuple[list[float], list[float]]:
-    """Tokens and bits per byte: validations inside phases, and the end."""
-    total = sum(phase["tokens"] for phase in run["phases"])
+    """Tokens and bits per byte: validations inside phases and, of a finished run, the end."""
     points = [(v["tokens"], v[domain]) for v in run["in_phase"]]
-    return [t for t, _ in points] + [total], [b for _, b in points] + [run["final"][domain]]
+    if "final" in run:
+        points.append((sum(phase["tokens"] for phase in run["phases"]), run["final"][domain]))
+    return [t for t, _ in points], [b for _, b in points]
 
 
 def tokens_to_reach(run: Mapping[str, Any], target: float) -> float | None:
@@ -80,6 +81,8 @@ def table(runs: Mapping[str, Mapping[str, Any]], speeds: Speeds, control: str) -
     head = ("run", "lr", *DOMAINS, "mean tokens/s", "train time s", "FLOPs 1e15", f"s to {target:.3f}", "skipped")
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name, run in runs.items():
+        if "final" not in run:
+            continue
         total = sum(phase["tokens"] for phase in run["phases"])
         try:
             seconds = seconds_at(run, total, speeds, 0.0)
@@ -101,7 +104,14 @@ def chart(runs: Mapping[str, Mapping[str, Any]], speeds: Speeds, restart_seconds
     figure, axes = plt.subplots(1, 3, figsize=(13, 4.2), sharey=True)
     for (name, run), color in zip(runs.items(), itertools.cycle(COLORS), strict=False):
         tokens, bits = curve(run)
-        style = {"color": color, "label": name, "marker": "o", "markersize": 3, "linewidth": 1.4}
+        style = {
+            "color": color,
+            "label": name,
+            "marker": "o",
+            "markersize": 3,
+            "linewidth": 1.4,
+            "linestyle": "-" if "final" in run else ":",
+        }
         axes[0].plot(np.array(tokens) / 1e6, bits, **style)
         with contextlib.suppress(KeyError):  # No speed was measured for its shapes.
             axes[1].plot([seconds_at(run, t, speeds, restart_seconds) for t in tokens], bits, **style)
@@ -128,6 +138,8 @@ def main() -> None:
     parser.add_argument("--chart", type=Path)
     arguments = parser.parse_args()
     found = json.loads(arguments.evidence.read_text())
+    # What is kept in `benchmarks/results` also has runs that were cut off, which are dotted.
+    found = found.get("runs", found) | found.get("unfinished", {})
     runs = {name: found[name] for name in arguments.runs or found}
     speeds = speeds_of(arguments.bench)
     print(table(runs, speeds, arguments.control))

@@ -83,12 +83,9 @@ def test_shapes_that_fp8_cannot_multiply_are_bf16(fp8_machine: None) -> None:
 @pytest.mark.parametrize(
     ("seconds", "chosen"), [((1.0, 2.0), "fp8_hybrid"), ((2.0, 1.0), "bf16"), ((1.0, float("inf")), "fp8_hybrid")]
 )
-def test_the_faster_format_is_taken(
-    seconds: tuple[float, float], chosen: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO"):
-        assert faster_of(BOTH, 4096, lambda in_bf16: seconds[in_bf16], lambda number: number, 3) == chosen
-    assert f"phase 3 in {chosen}" in caplog.text and "4,096 tokens" in caplog.text
+def test_the_faster_format_is_taken(seconds: tuple[float, float], chosen: str, log: pytest.LogCaptureFixture) -> None:
+    assert faster_of(BOTH, 4096, lambda in_bf16: seconds[in_bf16], lambda number: number, 3) == chosen
+    assert f"phase 3 in {chosen}" in log.text and "4,096 tokens" in log.text
 
 
 def test_the_slowest_rank_decides_on_all() -> None:
@@ -159,11 +156,10 @@ def test_a_benchmark_measures_what_auto_chooses_from() -> None:
 
 
 def test_the_check_says_what_auto_comes_to(
-    make_config: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
+    make_config: Callable[..., RunConfig], log: pytest.LogCaptureFixture
 ) -> None:
-    with caplog.at_level("INFO"):
-        assert check_machine(make_config("precision=auto"))
-    assert "fp32 on cpu" in caplog.text and "this recipe can run here" in caplog.text
+    assert check_machine(make_config("precision=auto"))
+    assert "fp32 on cpu" in log.text and "this recipe can run here" in log.text
 
 
 @pytest.mark.gpu

@@ -47,10 +47,10 @@ def test_a_damaged_file_is_made_again(tmp_path: Path) -> None:
         assert same(cache.documents({}, lambda: DOCUMENTS), DOCUMENTS)
 
 
-def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path: Path, log: pytest.LogCaptureFixture) -> None:
     (tmp_path / "documents").write_text("a file where the folder would be")
     assert same(TokenCache(tmp_path / "documents").documents({}, lambda: DOCUMENTS), DOCUMENTS)
-    assert "are not kept in" in caplog.text
+    assert "are not kept in" in log.text
 
 
 def test_the_domains_of_a_run_are_read_without_its_tokenizer_the_second_time(

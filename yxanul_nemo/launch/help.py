@@ -1,8 +1,12 @@
 """What `--help` and `stage=help` say: stages, recipes, groups and keys, where things end up, exit codes."""
 
+import textwrap
+
 from yxanul_nemo.config.load import CONF_DIR
 from yxanul_nemo.config.reference import recipes
 
+WIDTH = 132
+"""Characters of a line."""
 PIPELINE = {
     "data": "parquet to tokenizer to Megatron .bin/.idx files with a manifest",
     "train": "the phases of the curriculum, each a process that starts from the checkpoint before it; phases=3-5 for a part",
@@ -67,6 +71,6 @@ def _entries(entries: dict[str, str]) -> str:
     width = max(map(len, entries)) + 2
     lines = []
     for name, words in entries.items():
-        first, *more = words.split("\n")
+        first, *more = (part for line in words.split("\n") for part in textwrap.wrap(line, WIDTH - 2 - width))
         lines += [f"  {name:<{width}}{first}", *(f"  {'':<{width}}{line}" for line in more)]
     return "\n".join(lines)

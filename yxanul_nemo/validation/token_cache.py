@@ -1,17 +1,20 @@
 """Documents of validation domains in tokens, kept in the run's folder: text is tokenized once, not at each validation."""
 
-import zipfile
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from yxanul_nemo.files import atomic_file, fingerprint
 from yxanul_nemo.log import logger
 from yxanul_nemo.validation.scoring import Document
 
-FORMAT = 1
+FORMAT = 2
+PARTS = ("ids", "tokens", "text_bytes")
 
 
 class TokenCache:
@@ -26,34 +29,42 @@ class TokenCache:
         Args:
             made_from: JSON-able; all that decides the documents.
         """
-        path = self.folder / f"{fingerprint({'format': FORMAT, **made_from})[:32]}.npz"
+        path = self.folder / f"{fingerprint({'format': FORMAT, **made_from})[:32]}.safetensors"
         if (kept := _read(path)) is not None:
             return kept
         documents = list(make())
+        parts = {
+            "ids": np.concatenate([np.empty(0, np.int64), *(d.ids for d in documents)]).astype(np.int32),
+            "tokens": np.array([len(d.ids) for d in documents], dtype=np.int64),
+            "text_bytes": np.array([d.text_bytes for d in documents], dtype=np.int64),
+        }
         try:
             with atomic_file(path) as handle:
-                np.savez(
-                    handle,
-                    ids=np.concatenate([np.empty(0, np.int32), *(d.ids for d in documents)]).astype(np.int32),
-                    tokens=np.array([len(d.ids) for d in documents], dtype=np.int64),
-                    text_bytes=np.array([d.text_bytes for d in documents], dtype=np.int64),
-                )
+                handle.write(save(parts, metadata={"crc32": _crc32(parts)}))
         except OSError as error:
             logger.warning("tokens of validation documents are not kept in %s: %s", path, error)
         return documents
 
 
+def _crc32(parts: Mapping[str, np.ndarray]) -> str:
+    """Of all parts: the format itself does not notice a flipped bit."""
+    return str(zlib.crc32(b"".join(parts[name].tobytes() for name in PARTS)))
+
+
 def _read(path: Path) -> list[Document] | None:
-    """The documents, or None where the file is absent or damaged (each part has a CRC)."""
-    try:
-        with np.load(path, allow_pickle=False) as kept:
-            ids, tokens, text_bytes = kept["ids"].astype(np.int64), kept["tokens"], kept["text_bytes"]
-    except FileNotFoundError:
+    """The documents, or None where the file is absent or damaged."""
+    if not path.is_file():
         return None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, RuntimeError) as error:
+    try:
+        with safe_open(path, framework="numpy") as kept:
+            parts = {name: kept.get_tensor(name) for name in PARTS}
+            if (kept.metadata() or {}).get("crc32") != _crc32(parts):
+                raise SafetensorError("its content is not what was written")
+    except (OSError, SafetensorError) as error:
         logger.warning("%s cannot be read (%s) and is made again", path, error)
         return None
-    ends = np.cumsum(tokens)
+    ids, ends = parts["ids"].astype(np.int64), np.cumsum(parts["tokens"])
     return [
-        Document(ids[end - count : end], int(size)) for end, count, size in zip(ends, tokens, text_bytes, strict=True)
+        Document(ids[end - count : end], int(size))
+        for end, count, size in zip(ends, parts["tokens"], parts["text_bytes"], strict=True)
     ]

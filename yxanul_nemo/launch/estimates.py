@@ -27,8 +27,8 @@ FP8_TOKENS_PER_SECOND_AT_16384 = 308e3
 BF16_TOKENS_PER_SECOND = 289e3
 """The same at 2048 in BF16, micro-batches of 32,768 tokens."""
 H100_SHARE = 0.92
-"""Of an H200's speed, by an earlier state of this step at 2048 tokens: 286k (2026-11-22) against 310k tokens/s (2026-11-23). Both have
-the same peak; the H100's memory is slower."""
+"""Of an H200's speed: 0.89 to 0.93 at the lengths of the h100 curriculum (2026-11-25 against 2026-11-23). Both have the same peak; the
+H100's memory is slower."""
 FP32_SHARE_OF_PEAK = 0.5
 """Assumed of a GPU in FP32; not measured."""
 CPU_FLOPS_PER_SECOND_PER_CORE = 40e9

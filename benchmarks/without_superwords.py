@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data_prep.superbpe import build_superbpe
 from data_prep.superbpe_rules import word_rules
+from data_prep.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -21,8 +22,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = build_superbpe(arguments.tokenizer)
     tokenizer.pre_tokenizer = word_rules()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(arguments.output / "tokenizer.json"))
+    Tokenizer.wrap(tokenizer, "<|endoftext|>", "<|padding|>", arguments.tokenizer).save(arguments.output)
 
 
 if __name__ == "__main__":

@@ -48,12 +48,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
     """What the project says from INFO on; its logger does not propagate once it was configured, which an earlier test may have done."""
-    level = logger.level
+    # Another test's library may have disabled loggers, all or those that it found.
+    was_disabled, logger.disabled = logger.disabled, False
     logger.addHandler(caplog.handler)
-    logger.setLevel(logging.INFO)
-    yield caplog
+    with caplog.at_level(logging.INFO, logger.name):
+        yield caplog
     logger.removeHandler(caplog.handler)
-    logger.setLevel(level)
+    logger.disabled = was_disabled
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,12 @@
 """Does it pay: the runs behind the claims about curriculum, FP8 and SuperBPE, each by the product's own command, and what they came to.
 
     python -m benchmarks.evidence --suite main --out OUT [--gpus 0 1] [--per-gpu 3] [--only NAME ...] \
-        [-- data.sources.text.path=CORPUS validation.dir=VALIDATION tokenizer.path=TOKENIZER ...]
+        --tokenizer t80k=tokenizer.path=TOKENIZER -- data.sources.text.path=CORPUS validation.dir=VALIDATION ...
 
-Every run is `python launcher.py recipe=evidence_... stage=[data,train]` with the overrides after `--`. Several share a GPU, which hides
-their start-ups; so speeds in a shared run mean nothing, and times are computed from `stage=bench` at the same shapes
+Every run is `python launcher.py recipe=evidence_...` with the overrides after `--`, stage=data and then stage=train. Several share a
+GPU, which hides their start-ups; so speeds in a shared run mean nothing, and times are computed from `stage=bench` at the same shapes
 (`benchmarks.evidence_tables`). What a run came to is added to OUT/evidence.json when it ends; runs that are there already are not
-repeated. A finished run's checkpoints are removed, except with --keep.
+repeated. A finished run's checkpoints are removed, except with --keep. Exit code 1 if a run that was asked for has no result.
 """
 
 import argparse
@@ -21,6 +21,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.model.counts import training_flops_per_token
@@ -154,16 +156,9 @@ def summarize(run: Run) -> dict[str, Any]:
         {"tokens": run.phases[number - 1].first_token + run.phases[number - 1].tokens, "phase": number} | _bits(result)
         for number, result in sorted(run.validations.items())
     ]
-    records = {
-        name: run.records[name]
-        for name in ("tokens_total", "loss_nats_per_token", "tokens_per_second", "time_unix", "phase")
-    }
+    records = run.records
     every = max(1, len(records["tokens_total"]) // CURVE_POINTS)
-    restarts = [
-        float(records["time_unix"][i + 1] - records["time_unix"][i])
-        for i in range(len(records["phase"]) - 1)
-        if records["phase"][i + 1] != records["phase"][i]
-    ]
+    restarts = np.diff(records["time_unix"])[np.diff(records["phase"]) != 0].tolist()
     return {
         "description": config.run.description,
         "precision": config.precision.name,
@@ -190,7 +185,7 @@ def summarize(run: Run) -> dict[str, Any]:
             for t, loss in zip(records["tokens_total"][::every], records["loss_nats_per_token"][::every], strict=True)
         ],
         "between_phases_seconds": restarts,
-        "skipped_steps": int(run.records["skipped_steps"].sum()),
+        "skipped_steps": int(records["skipped_steps"].sum()),
     }
 
 
@@ -231,7 +226,8 @@ def main() -> int:
         tokenizers[name] = (*tokenizers.get(name, ()), override)
     arms: queue.SimpleQueue[Arm] = queue.SimpleQueue()
     known = {arm.name: arm for suite in arguments.suite for arm in SUITES[suite]}
-    for name in arguments.only or known:
+    asked_for = arguments.only or list(known)
+    for name in asked_for:
         if name not in results:
             arms.put(known[name])
     pool = Pool(arguments.out, tuple(arguments.overrides), tokenizers, arguments.keep, results)
@@ -242,7 +238,7 @@ def main() -> int:
         place.start()
     for place in places:
         place.join()
-    return 0 if arms.empty() else 1
+    return 0 if results.keys() >= set(asked_for) else 1
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def flops_at(run: Mapping[str, Any], tokens: float) -> float:
 
 
 def curve(run: Mapping[str, Any], domain: str = "docs") -> tuple[list[float], list[float]]:
-    """Tokens and bits per byte: validations inside phases and, of a finished run, the end."""
+    """Tokens and bits per byte: validations inside phases and, of a finished run, the end, which is on more documents."""
     points = [(v["tokens"], v[domain]) for v in run["in_phase"]]
     if "final" in run:
         points.append((sum(phase["tokens"] for phase in run["phases"]), run["final"][domain]))

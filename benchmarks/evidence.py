@@ -30,7 +30,6 @@ from yxanul_nemo.report.gather import Run, read_run
 from yxanul_nemo.validation.record import in_phase_results
 
 RESULTS_NAME = "evidence.json"
-SEED_2 = ("run.seed=2", "data.seed=2")
 CURVE_POINTS = 200
 
 
@@ -45,12 +44,17 @@ class Arm:
     """Whose tokens: names the folder in OUT that is shared by the runs with it, and the overrides given as `--tokenizer NAME=...`."""
 
 
-CURRICULA = ("ultra", "from_64", "fixed_2048", "from_128")
+CURRICULA = ("ultra", "h100", "from_64", "fixed_2048", "from_128")
 """Those with most phases first, because they take longest."""
 
 
 def _main(suffix: str = "", *overrides: str) -> list[Arm]:
     return [Arm(f"{name}{suffix}", f"evidence_{name}", overrides) for name in CURRICULA]
+
+
+def _seeded(seed: int) -> tuple[str, ...]:
+    """Overrides: other first weights and another order of documents."""
+    return f"run.seed={seed}", f"data.seed={seed}"
 
 
 def _tuning() -> list[Arm]:
@@ -69,11 +73,12 @@ def _tuning() -> list[Arm]:
 SUITES: dict[str, list[Arm]] = {
     "tuning": _tuning(),
     "main": _main(),
-    "seed2": _main("-seed2", *SEED_2),
+    "seed2": _main("-seed2", *_seeded(2)),
+    "seed3": _main("-seed3", *_seeded(3)),
     "high_lr": _main("-lr2.4e-3", "optim.lr=2.4e-3"),
     "precision": [
         Arm("fixed_2048-bf16", "evidence_fixed_2048", ("precision=bf16",)),
-        Arm("fixed_2048-bf16-seed2", "evidence_fixed_2048", ("precision=bf16", *SEED_2)),
+        Arm("fixed_2048-bf16-seed2", "evidence_fixed_2048", ("precision=bf16", *_seeded(2))),
     ],
     "init": [
         Arm("fixed_2048-std0.02", "evidence_fixed_2048", ("model.embedding_init_std=0.02",)),
@@ -82,6 +87,8 @@ SUITES: dict[str, list[Arm]] = {
     "tokenizers": [
         Arm("fixed_2048-t180k", "evidence_fixed_2048", tokenizer="t180k"),
         Arm("fixed_2048-bpe", "evidence_fixed_2048", tokenizer="bpe"),
+        Arm("fixed_2048-t180k-seed2", "evidence_fixed_2048", _seeded(2), tokenizer="t180k"),
+        Arm("fixed_2048-bpe-seed2", "evidence_fixed_2048", _seeded(2), tokenizer="bpe"),
     ],
 }
 

@@ -17,6 +17,7 @@ from tests.ranks import run_ranks
 from tests.training.gpu_steps import backend, config, structured
 from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
 from yxanul_nemo.launch.processes import visible_gpus
+from yxanul_nemo.log import configure_logging
 from yxanul_nemo.model.fp8_state import forget_fp8_state
 from yxanul_nemo.runtime import leave_process_groups
 
@@ -36,28 +37,36 @@ SEQ_LEN, WINDOWS = 512, 16
 """Windows of a step, in two micro-batches."""
 SAVED_AT, STEPS = 10, 14
 FIRST = 3
-FIRST_TOLERANCE = {"bf16": 5e-3, "fp8_hybrid": 1e-2}
-LOSS_TOLERANCE = {"bf16": 3e-2, "fp8_hybrid": 5e-2}
-"""Of the first steps, and of all: rounding differs from layout to layout, and grows where the loss falls fast."""
+GENTLE = ("model.embedding_init_std=0.02",)
+LR = 3e-4
+"""With these, gradients that are off by 2% move no loss of these steps by more than 0.1%; by 10%, by 1% (FP32, seeded noise)."""
+LOSS_TOLERANCE = {"bf16": 1e-2, "fp8_hybrid": 2e-2}
+NORM_TOLERANCE = {"bf16": 2e-2, "fp8_hybrid": 1e-1}
+"""Of the gradients' norms in the first steps, before clipping, which hides a factor."""
 GRADIENT_TOLERANCE = {"bf16": 0.2, "fp8_hybrid": 0.8}
 """Norm of the difference as a share of the norm, of each tensor's gradient. A wrong mask, position or missing sum gives 1 and more."""
 
 
 def make(layout: tuple[str, ...], precision: str, data_ranks: int):
     settings = config(
-        f"precision={precision}", "model.max_position_embeddings=1024", "parallel.nccl_timeout_minutes=1", *layout
+        f"precision={precision}",
+        "model.max_position_embeddings=1024",
+        "parallel.nccl_timeout_minutes=1",
+        *GENTLE,
+        *layout,
     )
     return backend(settings, micro_batch_size=WINDOWS // 2 // data_ranks, seq_len=SEQ_LEN)
 
 
-def steps(made, numbers: range, data_rank: int = 0, data_ranks: int = 1) -> list[float]:
-    """Losses of steps, of which a data-parallel rank has some of the windows."""
+def steps(made, numbers: range, data_rank: int = 0, data_ranks: int = 1) -> list[tuple[float, float]]:
+    """Losses and gradient norms of steps, of which a data-parallel rank has some of the windows."""
     found = []
     for number in numbers:
         ids_ABT, labels_ABT = (
             x.chunk(data_ranks, dim=1)[data_rank].cuda() for x in structured(number, SEQ_LEN, WINDOWS)
         )
-        found.append(float(made.train_step(ids_ABT, labels_ABT, 1e-3, 1.0).loss))
+        result = made.train_step(ids_ABT, labels_ABT, LR, 1.0)
+        found.append((float(result.loss), float(result.grad_norm)))
     return found
 
 
@@ -75,16 +84,23 @@ def load(made, folder: Path) -> None:
 
 def from_start(made, folder: Path, *of_data: int) -> dict[str, object]:
     """A run with checkpoints after the first step and after `SAVED_AT`."""
-    losses = steps(made, range(1), *of_data)
+    seen = steps(made, range(1), *of_data)
     save(made, folder / "first")
-    losses += steps(made, range(1, SAVED_AT), *of_data)
+    seen += steps(made, range(1, SAVED_AT), *of_data)
     save(made, folder / "saved")
-    losses += steps(made, range(SAVED_AT, STEPS), *of_data)
-    return {"losses": losses, "graphs": made.uses_graph and made.update_graph is not None}
+    seen += steps(made, range(SAVED_AT, STEPS), *of_data)
+    losses, norms = map(list, zip(*seen, strict=True))
+    return {"losses": losses, "norms": norms, "graphs": made.uses_graph and made.update_graph is not None}
+
+
+def losses_after_saving(made, *of_data: int) -> list[float]:
+    return [loss for loss, _ in steps(made, range(SAVED_AT, STEPS), *of_data)]
 
 
 def run_pair(folder: Path) -> dict[tuple[str, str], dict[str, object]]:
     """All cases in this rank, each from its start and from one GPU's checkpoint."""
+    # Why something was not captured.
+    configure_logging()
     found = {case: _either(folder, *case) for case in CASES}
     if not any("error" in result for result in found.values()):
         leave_process_groups()
@@ -105,7 +121,7 @@ def _either(folder: Path, layout: str, precision: str) -> dict[str, object]:
         _forget()
         made = make(LAYOUTS[layout], precision, data_ranks)
         load(made, folder / "one" / precision / "saved")
-        found["from_one"] = steps(made, range(SAVED_AT, STEPS), *of_data)
+        found["from_one"] = losses_after_saving(made, *of_data)
         made.close()
     except Exception:  # noqa: BLE001 - the other cases still run; the test of this one fails
         found["error"] = traceback.format_exc()
@@ -159,10 +175,9 @@ def test_graphs_are_kept(one: dict, found: dict, precision: str) -> None:
 
 
 @of_cases
-def test_losses_are_those_of_one_gpu(one: dict, found: dict, precision: str) -> None:
-    expected = one[precision]["losses"]
-    assert found["losses"][:FIRST] == pytest.approx(expected[:FIRST], rel=FIRST_TOLERANCE[precision])
-    assert found["losses"] == pytest.approx(expected, rel=LOSS_TOLERANCE[precision])
+def test_losses_and_norms_are_those_of_one_gpu(one: dict, found: dict, precision: str) -> None:
+    assert found["losses"] == pytest.approx(one[precision]["losses"], rel=LOSS_TOLERANCE[precision])
+    assert found["norms"][:FIRST] == pytest.approx(one[precision]["norms"][:FIRST], rel=NORM_TOLERANCE[precision])
     assert found["losses"][-1] < found["losses"][0] - 0.02, "something is learned"
 
 
@@ -184,7 +199,7 @@ def test_a_checkpoint_of_two_goes_on_on_one(found: dict, folder: Path, layout: s
     made = make((), precision, 1)
     load(made, folder / layout / precision / "saved")
     expected = found["losses"][SAVED_AT:]
-    assert steps(made, range(SAVED_AT, STEPS)) == pytest.approx(expected, rel=LOSS_TOLERANCE[precision])
+    assert losses_after_saving(made) == pytest.approx(expected, rel=LOSS_TOLERANCE[precision])
 
 
 @of_cases

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: killed, stopped and resumed they end with the bits of the undisturbed one."""
+"""Whole runs, on a GPU where there is one: killed, stopped and resumed they end with the bits of the undisturbed one."""
 
 import signal
 from pathlib import Path
@@ -10,22 +10,27 @@ from tests.training import sessions
 from tests.training.runs import PHASES, PROSE_ALONE, TOTAL, MakeRun, assert_equal_runs, newest
 from yxanul_nemo.config.run import RunConfig
 
-pytestmark = pytest.mark.gpu
-
-ON_GPU = (
-    "parallel.device=cuda", "parallel.deterministic=true", "model.hidden_size=256", "model.ffn_hidden_size=512", "model.head_dim=64",
+ON_GPU = ("parallel.device=cuda", "parallel.deterministic=true")
+SHAPE = (
+    "model.hidden_size=256", "model.ffn_hidden_size=512", "model.head_dim=64",
     "model.embedding_rank=128", "model.max_position_embeddings=256", "curriculum.phases.2.seq_len=256", "validation.eval_len=128",
 )  # fmt: skip
 """Windows of 16, 64 and 256 tokens: the project's attention, and Transformer Engine's."""
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
-def test_kills_and_stops_change_no_bit(make_run: MakeRun, tmp_path: Path, precision: str) -> None:
+CASES = [
+    pytest.param(("precision=fp32",), id="cpu"),
+    *(pytest.param((f"precision={name}", *ON_GPU), id=name, marks=pytest.mark.gpu) for name in ("bf16", "fp8_hybrid")),
+]
+
+
+@pytest.mark.parametrize("settings", CASES)
+def test_kills_and_stops_change_no_bit(make_run: MakeRun, tmp_path: Path, settings: tuple[str, ...]) -> None:
     """A signal at the end of a phase and one inside another, and kills without warning inside a step and a save."""
-    make = lambda: make_run(f"precision={precision}", *ON_GPU, *PROSE_ALONE)  # noqa: E731
+    make = lambda: make_run(*settings, *SHAPE, *PROSE_ALONE)  # noqa: E731
     straight, disturbed = make(), make()
     run_ranks(sessions.train, 1, straight, PHASES)
-    for tokens, work, killed_at in ((4096, "step", 6144), (13312, "save", 14336)):
+    for tokens, work, killed_at in ((4096, "step", 6144), (13312, "save", 15360)):
         run_ranks(sessions.train_until, 1, disturbed, PHASES, tokens, signal.SIGTERM)
         assert newest(disturbed).tokens == tokens
         _kill(disturbed, work, killed_at, tmp_path / work)

@@ -187,6 +187,10 @@ def summarize(run: Run) -> dict[str, Any]:
         "in_phase": validations,
         "phase_ends": ends,
         "final": {name: value for name, value in ends[-1].items() if name not in ("tokens", "phase")},
+        "validated": {
+            name: {"tokens": score["tokens"], "bytes": score["text_bytes"]}
+            for name, score in run.validations[max(run.validations)]["domains"].items()
+        },
         "train_loss": [
             [int(t), round(float(loss), 4)]
             for t, loss in zip(records["tokens_total"][::every], records["loss_nats_per_token"][::every], strict=True)

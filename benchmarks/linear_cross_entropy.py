@@ -46,8 +46,6 @@ def make_inputs(kind: str, tokens: int, rows: int, inner: int, vocab_size: int) 
 def trained_inputs(run_dir: Path, tokens: int) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
     """What the head of a run's newest checkpoint gets from the first windows of its corpus, and the vocabulary's size."""
     # Megatron-core and its like take long to import and are not needed for made inputs.
-    from megatron.core.models.gpt.gpt_model import GPTModel
-
     from data_prep.manifest import load_manifest
     from yxanul_nemo.checkpoint.store import CheckpointStore
     from yxanul_nemo.config.load import load_run_config
@@ -66,21 +64,21 @@ def trained_inputs(run_dir: Path, tokens: int) -> tuple[tuple[Tensor, Tensor, Te
     seq_len = config.validation.eval_len
     ids, labels = PhaseWindows(streams, np.ones(1), [0], seq_len).read(0, tokens // seq_len)
 
-    def head_inputs(*, hidden_states: Tensor, output_weight: Tensor, **_: object) -> tuple[Tensor, Tensor]:
+    ids_BT, labels_BT = (torch.from_numpy(x).cuda() for x in (ids, labels))
+    return head_inputs(model, ids_BT, labels_BT), manifest.vocab_size
+
+
+def head_inputs(model: torch.nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the head of a model gets for these windows: z[T, R] of all tokens, its table E[V, R], and labels[T]."""
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    def inputs(*, hidden_states: Tensor, output_weight: Tensor, **_: object) -> tuple[Tensor, Tensor]:
         return model.embedding.projection.down(hidden_states), output_weight
 
     with torch.no_grad():
-        z_TBR, e_VR = GPTModel.forward(
-            model,
-            torch.from_numpy(ids).cuda(),
-            None,
-            None,
-            labels=torch.from_numpy(labels).cuda(),
-            output_processor=head_inputs,
-        )
+        z_TBR, e_VR = GPTModel.forward(model, ids_BT, None, None, labels=labels_BT, output_processor=inputs)
     z_TR = z_TBR.transpose(0, 1).reshape(-1, z_TBR.size(-1)).contiguous()
-    labels_T = torch.from_numpy(labels).reshape(-1).cuda()
-    return (z_TR.detach().requires_grad_(), e_VR.detach().clone().requires_grad_(), labels_T), manifest.vocab_size
+    return z_TR.detach().requires_grad_(), e_VR.detach().clone().requires_grad_(), labels_BT.reshape(-1)
 
 
 def variants(vocab_size: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:

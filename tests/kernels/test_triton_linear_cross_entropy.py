@@ -7,9 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.training.gpu_steps import VOCAB, backend, config, structured
 from yxanul_nemo.kernels.linear_cross_entropy import linear_cross_entropy
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from benchmarks.linear_cross_entropy import head_inputs
 from yxanul_nemo.kernels import triton_linear_cross_entropy as module
 
 # The inputs, the reference and the vocabulary-parallel ranks are those of the torch path's tests.
@@ -60,6 +62,31 @@ def test_ranges_fill_the_gpu_for_few_tokens_and_are_not_used_for_many():
         programs = -(-tokens // 128) * ranges
         rounds = -(-programs // 264)
         assert programs > 0.9 * 264 * rounds
+
+
+TRAINED_STEPS, TRAINED_LOSS = 60, 5.0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_the_head_of_a_trained_model(device):
+    """FP32 on a CPU by the torch path, which shows that these are the head's inputs; BF16 on a GPU by the kernels."""
+    precision = {"cpu": "fp32", "cuda": "bf16"}[device]
+    settings = config(f"precision={precision}", f"parallel.device={device}", "model.embedding_init_std=0.05")
+    made = backend(settings, micro_batch_size=8, seq_len=64)
+    for step in range(TRAINED_STEPS):
+        ids_ABT, labels_ABT = (x.to(device) for x in structured(step, 64, 16))
+        made.train_step(ids_ABT, labels_ABT, 1e-3, 1.0)
+    inputs = head_inputs(made.model, ids_ABT[0], labels_ABT[0])
+    assert inputs[0].dtype == inputs[1].dtype == {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
+    with torch.no_grad():
+        loss_T = made.model(ids_ABT[0], labels_ABT[0], None).flatten()
+    g_T = torch.full_like(loss_T, 1 / loss_T.numel())
+    expected = common.reference(*inputs, g_T, VOCAB)
+    assert expected[0].mean() < TRAINED_LOSS, "far from the uniform 8.3"
+    assert common.relative_error(loss_T, expected[0]) < 1e-5
+    if device == "cuda":
+        check(run(*inputs, g_T, VOCAB), expected)
+    made.close()
 
 
 @gpu

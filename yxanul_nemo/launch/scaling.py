@@ -2,7 +2,8 @@
 
 A step of a data-parallel rank is its micro-batches one after another, then one reduction of all gradients in FP32, and, where ranks share
 out the optimizer (`parallel.distributed_optimizer`), an all-gather of the updated parameters. `plan.overlap` is the share of the reduction
-that computing hides (`parallel.overlap_gradients`). `benchmarks/two_gpus.py` prints what this says beside what it measures.
+that computing hides (`parallel.overlap_gradients`). `benchmarks/two_gpus.py` prints what this says beside what it measures; the constants
+below and the shares of link speed in `conf/plan` are from two H100 (2026-11-25, BENCHMARKS.md), and steps measured there are within 4%.
 """
 
 import math
@@ -23,6 +24,14 @@ ACTIVATION_BYTES = 2
 """BF16, between tensor-parallel ranks."""
 TENSOR_ALL_REDUCES_PER_LAYER = 4
 """After attention and after the feed-forward block, forward and backward (Shoeybi et al., arXiv:1909.08053)."""
+
+TENSOR_REPEATED_SHARE = 0.15
+"""Of one GPU's computing, what each tensor-parallel rank does all the same: norms, residuals, RoPE, and products that narrow ones lose by.
+121.9 ms of 212.3 were left with two ranks."""
+CONTEXT_REPEATED_SHARE = 0.05
+"""The same of context-parallel ranks: 111.9 ms of 212.3."""
+RING_SHARE = 0.26
+"""Speed at which context-parallel ranks pass keys and values on, of that of large collectives: 0.26 ms for 16.8 MB."""
 
 RankSpeed = Callable[[int, int], float]
 """(window length, tokens of a micro-batch) -> tokens per second of one GPU that holds the whole model."""
@@ -102,8 +111,10 @@ class Simulator:
 
     def step(self, seq_len: int, micro_batch_tokens: int, accumulation: int, gpus: int) -> StepTime:
         """One step of `accumulation` micro-batches on each data-parallel rank."""
-        rate = self.speed(seq_len, micro_batch_tokens) * self.model_ranks
-        compute = accumulation * micro_batch_tokens / rate
+        parallel = self.config.parallel
+        left = _share_left(parallel.tensor_parallel, TENSOR_REPEATED_SHARE)
+        left *= _share_left(parallel.context_parallel, CONTEXT_REPEATED_SHARE)
+        compute = left * accumulation * micro_batch_tokens / self.speed(seq_len, micro_batch_tokens)
         inside = accumulation * self._model_parallel_seconds(micro_batch_tokens)
         reduce, gather = self._data_parallel_seconds(gpus)
         return StepTime(compute, inside + (1 - self.config.plan.overlap) * reduce + gather)
@@ -192,8 +203,13 @@ class Simulator:
         # Each rank passes its keys and values around the ring, and in the backward pass these and their gradients.
         keys_values = 2 * ACTIVATION_BYTES * tokens * model.kv_groups * model.head_dim / parallel.tensor_parallel
         hops = 3 * (parallel.context_parallel - 1)
-        context = hops * (keys_values / self.links.node_bytes_per_second + self.links.node_seconds)
+        context = hops * (keys_values / (RING_SHARE * self.links.node_bytes_per_second) + self.links.node_seconds)
         return model.num_layers * (TENSOR_ALL_REDUCES_PER_LAYER * tensor + context)
+
+
+def _share_left(ranks: int, repeated: float) -> float:
+    """Part of one GPU's computing that each of `ranks` does which share it, but for what each repeats."""
+    return repeated + (1 - repeated) / ranks
 
 
 def forced_tokens_per_step(config: RunConfig, phase: Phase, data_parallel: int) -> int:

@@ -156,13 +156,13 @@ class Steps:
 
 @contextmanager
 def power_readings(device: str) -> Iterator[list[float]]:
-    """Collect the GPU's power draw in watts while the block runs; stays empty where it cannot be read."""
+    """Collect this process's GPU's power draw in watts while the block runs; stays empty where it cannot be read."""
     watts: list[float] = []
     stopped = threading.Event()
 
     def read() -> None:
         while not stopped.wait(POWER_PERIOD_SECONDS):
-            reading = read_power_watts()
+            reading = read_power_watts(uuid)
             if reading is None:
                 return
             watts.append(reading)
@@ -170,6 +170,8 @@ def power_readings(device: str) -> Iterator[list[float]]:
     if device != "cuda":
         yield watts
         return
+    # nvidia-smi also counts GPUs that CUDA_VISIBLE_DEVICES hides. Not in the thread, whose own current GPU is the first.
+    uuid = f"GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     thread = threading.Thread(target=read, name="power readings", daemon=True)
     thread.start()
     try:

@@ -1,5 +1,6 @@
 """The GPU that a plan is for: the one found here or the one named. Light: nothing here loads a driver."""
 
+import os
 import shutil
 import subprocess
 
@@ -12,23 +13,34 @@ QUERY_SECONDS = 10.0
 
 
 def found_gpus() -> list[str]:
-    """Names of this machine's GPUs as nvidia-smi reports them; none where it is absent, fails or does not answer."""
-    return _query("name")
+    """Names of the GPUs that this process may use, as nvidia-smi reports them; none where it is absent, fails or does not answer."""
+    rows = [[part.strip() for part in line.split(",", 2)] for line in _query("index,uuid,name")]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return [name for _, _, name in rows]
+    names = []
+    for asked in filter(None, (part.strip() for part in visible.split(","))):
+        # CUDA takes the start of a UUID, and nothing that comes after what it does not know.
+        named = [name for index, uuid, name in rows if asked == index or (asked[:1] == "G" and uuid.startswith(asked))]
+        if not named:
+            break
+        names.append(named[0])
+    return names
 
 
-def read_power_watts() -> float | None:
-    """What the first GPU draws now, by nvidia-smi; None where it does not say."""
-    readings = _query("power.draw")
+def read_power_watts(uuid: str) -> float | None:
+    """What the GPU of this UUID draws now, by nvidia-smi; None where it does not say."""
+    readings = _query("power.draw", f"--id={uuid}")
     try:
         return float(readings[0]) if readings else None
     except ValueError:
         return None
 
 
-def _query(what: str) -> list[str]:
+def _query(what: str, *options: str) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", *options]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
     except (subprocess.TimeoutExpired, OSError):

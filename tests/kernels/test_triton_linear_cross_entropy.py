@@ -1,4 +1,4 @@
-"""The Triton kernels against float64 logits on a GPU, and what can be checked of them without one."""
+"""The Triton kernels against float64 logits: in BF16 on a GPU, and in FP32 in Triton's interpreter, which cannot multiply BF16."""
 
 import runpy
 from pathlib import Path
@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.kernels.interpreter import run_interpreted
 from tests.training.gpu_steps import VOCAB, backend, config, structured
-from yxanul_nemo.kernels.linear_cross_entropy import linear_cross_entropy
+from yxanul_nemo.kernels.linear_cross_entropy import VocabShard, linear_cross_entropy
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
 from benchmarks.linear_cross_entropy import head_inputs
@@ -16,6 +17,23 @@ from yxanul_nemo.kernels import triton_linear_cross_entropy as module
 
 # The inputs, the reference and the vocabulary-parallel ranks are those of the torch path's tests.
 common = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("test_linear_cross_entropy.py"))))
+
+DEVICE, DTYPE = "cuda", torch.bfloat16
+LIMITS = {torch.bfloat16: (1e-5, 1e-2, 1e-2), torch.float32: (1e-6, 1e-5, 1e-5)}
+"""Of the loss and both gradients, norms of the errors relative to their norms."""
+SHAPES = [
+    # tokens, rows, vocabulary, inner dimension
+    (1, 128, 128, 128),
+    (8, 2000, 1999, 128),
+    (129, 1000, 937, 128),
+    (300, 64, 33, 16),
+    (300, 5000, 4990, 48),
+    (1000, 5000, 5000, 64),
+    (257, 3000, 2881, 176),
+    (257, 3000, 2881, 256),
+    (4096, 50_304, 50_257, 128),
+]
+WEIGHTS = ("positive", "negative", "mask", "mean", "zero")
 
 needs_gpu = [
     pytest.mark.gpu,
@@ -30,19 +48,40 @@ def gpu(test):
 
 
 def run(z_TR, e_VR, labels_T, g_T, vocab_size, **options):
-    loss_T = linear_cross_entropy(z_TR, e_VR, labels_T, vocab_size=vocab_size, impl="triton", **options)
+    if z_TR.is_cuda:
+        loss_T = linear_cross_entropy(z_TR, e_VR, labels_T, vocab_size=vocab_size, impl="triton", **options)
+    else:
+        shard = VocabShard.of(e_VR.shape[0], vocab_size, None)
+        loss_T = module.triton_linear_cross_entropy(z_TR, e_VR, labels_T, shard, ignore_index=-100)
     return loss_T, *torch.autograd.grad(loss_T, (z_TR, e_VR), g_T)
 
 
 def make_inputs(tokens, rows, inner, vocab_size, spread=1.0):
-    z_TR, e_VR, labels_T, g_T = common.make_inputs(tokens, rows, inner, vocab_size, torch.bfloat16, device="cuda")
+    z_TR, e_VR, labels_T, g_T = common.make_inputs(tokens, rows, inner, vocab_size, DTYPE, device=DEVICE)
     return z_TR, (e_VR.detach() * spread).requires_grad_(), labels_T, g_T
 
 
 def check(found, expected):
-    assert [x.dtype for x in found] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    for x, wanted, limit in zip(found, expected, (1e-5, 1e-2, 1e-2), strict=True):
+    assert [x.dtype for x in found] == [torch.float32, DTYPE, DTYPE]
+    for x, wanted, limit in zip(found, expected, LIMITS[DTYPE], strict=True):
         assert common.relative_error(x, wanted) < limit
+
+
+def interpreted(trained_inputs: str) -> None:
+    """What the tests on a GPU check, and the inputs of a trained head from a file."""
+    global DEVICE, DTYPE
+    DEVICE, DTYPE = "cpu", torch.float32
+    module.Gpu.of = classmethod(lambda cls, device: cls((9, 0), 4))
+    for shape in (*SHAPES[:4], (257, 500, 450, 176)):
+        test_equals_whole_logits(*shape, 4.0 if shape[0] == 8 else 1.0)
+    for weight in ("negative", "zero"):
+        test_any_weight_per_token(weight)
+    test_logits_far_above_those_of_the_first_rows_are_summed_again()
+    test_many_tokens_with_one_label_and_ignored_and_wrong_ones()
+    trained = torch.load(trained_inputs, weights_only=True)
+    inputs = [trained[name].requires_grad_(trained[name].is_floating_point()) for name in ("z_TR", "e_VR", "labels_T")]
+    check(run(*inputs, trained["g_T"], VOCAB), common.reference(*inputs, trained["g_T"], VOCAB))
+    print("all")
 
 
 def test_ranges_cover_the_vocabulary_and_none_is_empty():
@@ -68,43 +107,33 @@ TRAINED_STEPS, TRAINED_LOSS = 60, 5.0
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_the_head_of_a_trained_model(device):
-    """FP32 on a CPU by the torch path, which shows that these are the head's inputs; BF16 on a GPU by the kernels."""
+def test_the_head_of_a_trained_model_and_all_else_in_the_interpreter(device, tmp_path):
+    """On a CPU in FP32, the rest with it because a process is needed; on a GPU in BF16."""
     precision = {"cpu": "fp32", "cuda": "bf16"}[device]
     settings = config(f"precision={precision}", f"parallel.device={device}", "model.embedding_init_std=0.05")
     made = backend(settings, micro_batch_size=8, seq_len=64)
     for step in range(TRAINED_STEPS):
         ids_ABT, labels_ABT = (x.to(device) for x in structured(step, 64, 16))
         made.train_step(ids_ABT, labels_ABT, 1e-3, 1.0)
-    inputs = head_inputs(made.model, ids_ABT[0], labels_ABT[0])
-    assert inputs[0].dtype == inputs[1].dtype == {"cpu": torch.float32, "cuda": torch.bfloat16}[device]
+    z_TR, e_VR, labels_T = head_inputs(made.model, ids_ABT[0], labels_ABT[0])
     with torch.no_grad():
         loss_T = made.model(ids_ABT[0], labels_ABT[0], None).flatten()
     g_T = torch.full_like(loss_T, 1 / loss_T.numel())
-    expected = common.reference(*inputs, g_T, VOCAB)
+    expected = common.reference(z_TR, e_VR, labels_T, g_T, VOCAB)
     assert expected[0].mean() < TRAINED_LOSS, "far from the uniform 8.3"
-    assert common.relative_error(loss_T, expected[0]) < 1e-5
+    assert common.relative_error(loss_T, expected[0]) < 1e-5, "these are the head's inputs"
     if device == "cuda":
-        check(run(*inputs, g_T, VOCAB), expected)
+        check(run(z_TR, e_VR, labels_T, g_T, VOCAB), expected)
+    else:
+        inputs = {"z_TR": z_TR.detach(), "e_VR": e_VR.detach(), "labels_T": labels_T, "g_T": g_T}
+        torch.save(inputs, tmp_path / "inputs.pt")
+        assert run_interpreted(__file__, str(tmp_path / "inputs.pt")) == "all\n"
     made.close()
 
 
 @gpu
 @pytest.mark.parametrize("spread", [0.05, 1.0, 4.0], ids=["near_uniform", "random", "wide"])
-@pytest.mark.parametrize(
-    ("tokens", "rows", "vocab_size", "inner"),
-    [
-        (1, 128, 128, 128),
-        (8, 2000, 1999, 128),
-        (129, 1000, 937, 128),
-        (300, 64, 33, 16),
-        (300, 5000, 4990, 48),
-        (1000, 5000, 5000, 64),
-        (257, 3000, 2881, 176),
-        (257, 3000, 2881, 256),
-        (4096, 50_304, 50_257, 128),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "rows", "vocab_size", "inner"), SHAPES)
 def test_equals_whole_logits(tokens, rows, vocab_size, inner, spread):
     inputs = make_inputs(tokens, rows, inner, vocab_size, spread)
     if tokens > 2:
@@ -115,7 +144,7 @@ def test_equals_whole_logits(tokens, rows, vocab_size, inner, spread):
 
 
 @gpu
-@pytest.mark.parametrize("weight", ["positive", "negative", "mask", "mean", "zero"])
+@pytest.mark.parametrize("weight", WEIGHTS)
 def test_any_weight_per_token(weight):
     z_TR, e_VR, labels_T, g_T = make_inputs(500, 1000, 128, 1000)
     g_T = {

@@ -29,7 +29,7 @@ def plan_of(tmp_path: Path, *overrides: str) -> Plan:
 
 
 def test_an_all_reduce_is_bytes_over_speeds_and_hops() -> None:
-    links = Links.of(PlanConfig(node_efficiency=0.5, network_efficiency=0.5))
+    links = Links.of(PlanConfig(link_efficiency=0.5, network_efficiency=0.5))
     assert links.all_reduce_seconds(1e9, 1) == 0
     # Two GPUs of a node: each sends half of the bytes twice at half of 450 GB/s, one hop each way.
     assert links.all_reduce_seconds(1e9, 2) == pytest.approx(1e9 / 225e9 + 2 * 4e-6)

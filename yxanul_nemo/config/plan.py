@@ -25,7 +25,7 @@ class PlanConfig(Section):
     A100 300; PCIe 5 x16 64, PCIe 4 x16 32."""
     network_gb_per_second: float = Field(default=50.0, gt=0)
     """Network of a node for each of its GPUs, each way. 50: one 400 Gb/s adapter per GPU, as in a DGX H100 (NVIDIA's user guide)."""
-    node_efficiency: float = Field(default=0.56, gt=0, le=1)
+    link_efficiency: float = Field(default=0.56, gt=0, le=1)
     """Share of `node_gb_per_second` that collectives reach: an all-reduce of 100 MB on two H100 (2026-11-25, NCCL without multicast)."""
     network_efficiency: float = Field(default=0.8, gt=0, le=1)
     """Share of `network_gb_per_second` that collectives reach with large messages; assumed."""

@@ -43,6 +43,19 @@ class Tiles(NamedTuple):
     registers: int | None = None
 
 
+class Gpu(NamedTuple):
+    """What the launch shapes depend on."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Gpu":
+        """The GPU that tensors are on."""
+        found = torch.cuda.get_device_properties(device)
+        return cls((found.major, found.minor), found.multi_processor_count)
+
+
 # Tiles for compute capability 9 are the fastest of those measured on an H100. The others are not tuned by measurement:
 # up to an inner dimension of 128 they keep the loops in registers, and up to 256 they stay within 99 KiB of shared memory,
 # by the compiler's report for 8.0, 8.9 and 12.0.
@@ -152,10 +165,10 @@ def _sweep_vocabulary(z_TR: Tensor, e_VR: Tensor, valid_rows: int, wants_mean: b
     if tokens == 0 or valid_rows == 0:
         lse_ST = z_TR.new_full((1, tokens), float("-inf"), dtype=torch.float32)
         return lse_ST, z_TR.new_zeros((1, tokens, inner), dtype=torch.float32) if wants_mean else None
-    device = torch.cuda.get_device_properties(z_TR.device)
+    gpu = Gpu.of(z_TR.device)
     block_r = triton.next_power_of_2(inner)
-    tiles = forward_tiles((device.major, device.minor), block_r)
-    ranges, per_range = _ranges(tokens, valid_rows, tiles, device.multi_processor_count)
+    tiles = forward_tiles(gpu.capability, block_r)
+    ranges, per_range = _ranges(tokens, valid_rows, tiles, gpu.multiprocessors)
     lse_ST = z_TR.new_empty((ranges, tokens), dtype=torch.float32)
     mean_STR = z_TR.new_empty((ranges, tokens, inner), dtype=torch.float32) if wants_mean else None
     forward_kernel[(triton.cdiv(tokens, tiles.tokens), ranges)](
@@ -235,7 +248,7 @@ def _gradient_of_e(g_T: Tensor, z_TR: Tensor, e_VR: Tensor, row_T: Tensor, lse_T
     if tokens == 0 or valid_rows == 0:
         return torch.zeros_like(e_VR)
     block_r = triton.next_power_of_2(inner)
-    tiles = backward_tiles(torch.cuda.get_device_capability(z_TR.device), block_r)
+    tiles = backward_tiles(Gpu.of(z_TR.device).capability, block_r)
     padded_tokens = triton.cdiv(tokens, tiles.tokens) * tiles.tokens
     # Weights are relative to the largest, so that equal ones (a mean, a loss mask) are exactly 1 in bfloat16.
     largest = g_T.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)

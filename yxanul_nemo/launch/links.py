@@ -25,7 +25,7 @@ class Links:
         """Those that the configuration states."""
         return cls(
             gpus_per_node=plan.gpus_per_node,
-            node_bytes_per_second=plan.node_gb_per_second * 1e9 * plan.node_efficiency,
+            node_bytes_per_second=plan.node_gb_per_second * 1e9 * plan.link_efficiency,
             network_bytes_per_second=plan.network_gb_per_second * 1e9 * plan.network_efficiency,
             node_seconds=plan.node_latency_microseconds * 1e-6,
             network_seconds=plan.network_latency_microseconds * 1e-6,

@@ -54,14 +54,14 @@ def test_kills_at_random_lines_change_nothing(
 
 
 def test_a_hundred_kills_at_random_moments_change_nothing(make_run: MakeRun, straight: RunConfig) -> None:
-    """A checkpoint after each step, and a kill within the first 0.7 s of each process, whatever it does then.
+    """A checkpoint after each step, and a kill within the first 0.7 s of each process, whatever it does then; on a slow machine some more.
 
     What was committed stays, everything that is listed is whole, and runs that come to their end all the same are equal to the
     undisturbed one.
     """
     draw, kills, in_saves = random.Random(7), 0, 0
     config, committed = make_run("checkpoint.every_tokens=1"), 0
-    while kills < 100:
+    while kills < 100 or (in_saves <= 5 and kills < 300):
         store = CheckpointStore(config.run.dir / "checkpoints")
         began = CONTEXT.Event()
         process = CONTEXT.Process(target=sessions.train_alone, args=(config, PHASES, began))

@@ -131,8 +131,9 @@ class PhaseSession:
     def _build(self) -> None:
         """Model, optimizer and batch layout, in the number format of the phase."""
         data_parallel = parallel_state.get_data_parallel_world_size()
-        # Of a phase before it in this process.
-        forget_backends(self.device)
+        if self.device == "cuda":
+            # Of a phase before it in this process.
+            forget_backends(self.device)
         formats = formats_for(self.config, self.phase, self.under_way, data_parallel, self.device)
         self._build_in(formats[0], data_parallel)
         if len(formats) == 1:

@@ -163,7 +163,7 @@ def summarize(run: Run) -> dict[str, Any]:
         {"tokens": run.phases[number - 1].first_token + run.phases[number - 1].tokens, "phase": number} | _bits(result)
         for number, result in sorted(run.validations.items())
     ]
-    records = run.records
+    records, last = run.records, run.validations[max(run.validations)]
     every = max(1, len(records["tokens_total"]) // CURVE_POINTS)
     restarts = np.diff(records["time_unix"])[np.diff(records["phase"]) != 0].tolist()
     return {
@@ -186,10 +186,9 @@ def summarize(run: Run) -> dict[str, Any]:
         ],
         "in_phase": validations,
         "phase_ends": ends,
-        "final": {name: value for name, value in ends[-1].items() if name not in ("tokens", "phase")},
+        "final": _bits(last),
         "validated": {
-            name: {"tokens": score["tokens"], "bytes": score["text_bytes"]}
-            for name, score in run.validations[max(run.validations)]["domains"].items()
+            name: {"tokens": score["tokens"], "bytes": score["text_bytes"]} for name, score in last["domains"].items()
         },
         "train_loss": [
             [int(t), round(float(loss), 4)]

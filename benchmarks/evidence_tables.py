@@ -13,9 +13,9 @@ import itertools
 import json
 import math
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import matplotlib
@@ -97,14 +97,9 @@ def perplexity(run: Run, domain: str) -> float:
     return math.exp(run["final"][domain] * math.log(2) * text["bytes"] / text["tokens"])
 
 
-def mean(values: Iterable[float]) -> float:
-    """Of a few runs."""
-    return statistics.fmean(values)
-
-
 def costs_table(arms: Mapping[str, Sequence[Run]], speeds: Speeds, control: str) -> str:
     """Markdown: bits per byte of each arm, and what it cost."""
-    target = mean(run["final"]["docs"] for run in arms[control])
+    target = fmean(run["final"]["docs"] for run in arms[control])
     head = (
         "arm",
         "runs",
@@ -120,9 +115,9 @@ def costs_table(arms: Mapping[str, Sequence[Run]], speeds: Speeds, control: str)
     rows = []
     for name, runs in arms.items():
         bits = [run["final"]["docs"] for run in runs]
-        spread = f" +- {statistics.stdev(bits):.3f}" if len(bits) > 1 else ""
-        cells = [name, str(len(runs)), f"{mean(bits):.3f}{spread}", ", ".join(f"{b:.3f}" for b in bits)]
-        cells += [f"{mean(run['final'][domain] for run in runs):.3f}" for domain in DOMAINS[1:]]
+        spread = f" +- {stdev(bits):.3f}" if len(bits) > 1 else ""
+        cells = [name, str(len(runs)), f"{fmean(bits):.3f}{spread}", ", ".join(f"{b:.3f}" for b in bits)]
+        cells += [f"{fmean(run['final'][domain] for run in runs):.3f}" for domain in DOMAINS[1:]]
         total = total_tokens(runs[0])
         try:
             seconds = seconds_at(runs[0], total, speeds, 0.0)
@@ -147,7 +142,7 @@ def perplexity_table(arms: Mapping[str, Sequence[Run]]) -> str:
         [
             name,
             f"{runs[0]['bytes_per_token']:.2f}",
-            *(f"{mean(perplexity(run, domain) for run in runs):,.0f}" for domain in DOMAINS),
+            *(f"{fmean(perplexity(run, domain) for run in runs):,.0f}" for domain in DOMAINS),
         ]
         for name, runs in arms.items()
     ]

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> int:
         wait(process, deadline)
     wait(subprocess.Popen([*torchrun, *shared, "--measure", *options.layouts]), deadline)
     rows = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-    complete(rows, options)
+    complete(rows)
     options.output.write_text(json.dumps({"environment": environment(), "cases": rows}, indent=2) + "\n")
     Console(width=160, highlight=False).print(table(rows))
     wanted = len(SEQ_LENS) + sum(len(LAYOUTS[name][1]) for name in options.layouts)
@@ -138,7 +138,7 @@ def measure_layouts(options: argparse.Namespace) -> None:
     leave_process_groups()
 
 
-def complete(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+def complete(rows: list[dict[str, Any]]) -> None:
     """Add the ratio to one GPU at the same length, and the simulation's tokens/s."""
     from yxanul_nemo.config.load import compose, parse
     from yxanul_nemo.launch.scaling import Simulator

@@ -26,7 +26,7 @@ def test_a_case_is_measured_and_predicted(tmp_path: Path) -> None:
     assert "error" not in row, row
     assert row["tokens_per_second"] > 0 and row["tokens_per_step"] == 256 and not row["cuda_graph"]
     rows = [row, row | {"layout": "data", "gpus": 2, "tokens_per_second": 1.5 * row["tokens_per_second"]}]
-    two_gpus.complete(rows, Namespace())
+    two_gpus.complete(rows)
     assert rows[1]["ratio_to_one_gpu"] == pytest.approx(1.5)
     assert 0 < rows[1]["predicted_tokens_per_second"] < 2 * row["tokens_per_second"]
     two_gpus.table(rows)

@@ -15,17 +15,23 @@ QUERY_SECONDS = 10.0
 def found_gpus() -> list[str]:
     """Names of the GPUs that this process may use, as nvidia-smi reports them; none where it is absent, fails or does not answer."""
     rows = [[part.strip() for part in line.split(",", 2)] for line in _query("index,uuid,name")]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_devices()
     if visible is None:
         return [name for _, _, name in rows]
     names = []
-    for asked in filter(None, (part.strip() for part in visible.split(","))):
+    for asked in visible:
         # CUDA takes the start of a UUID, and nothing that comes after what it does not know.
         named = [name for index, uuid, name in rows if asked == index or (asked[:1] == "G" and uuid.startswith(asked))]
         if not named:
             break
         names.append(named[0])
     return names
+
+
+def visible_devices() -> list[str] | None:
+    """What CUDA_VISIBLE_DEVICES lists, numbers or UUIDs; None where it is not set and all GPUs are visible."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
 
 
 def read_power_watts(uuid: str) -> float | None:

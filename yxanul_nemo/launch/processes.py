@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.launch.display import TaskDisplay
+from yxanul_nemo.launch.gpus import visible_devices
 from yxanul_nemo.launch.interrupts import StopSignals
 from yxanul_nemo.launch.slurm.step import srun_command
 from yxanul_nemo.launch.tasks import Task
@@ -174,9 +175,9 @@ def threads_per_process(config: RunConfig, processes: int) -> int:
 
 def visible_gpus() -> int:
     """GPUs by device files, so that the launcher need not load the driver."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = visible_devices()
     if visible is not None:
-        return len([part for part in visible.split(",") if part.strip() and part.strip() != "-1"])
+        return len([device for device in visible if device != "-1"])
     return sum(1 for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit())
 
 

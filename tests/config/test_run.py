@@ -26,7 +26,7 @@ THREE = ["recipe=yxanul_197m_h100"]
         (["model.ffn_hidden_size=2064", "precision=mxfp8"], ["model.ffn_hidden_size=2064", "multiple of 32", "mxfp8"]),
         (
             ["curriculum.phases.0.seq_len=4", "curriculum.phases.0.tokens_per_step=65540"],
-            ["curriculum phase 1", "tokens_per_step=65540", "multiple of 8", "fp8_hybrid"],
+            ["curriculum phase 1", "tokens_per_step=65540", "multiple of 16", "fp8_hybrid"],
         ),
         (["+curriculum.phases.1.blend.maths=1"], ["curriculum phase 2", "'maths'", "text, math, code"]),
         (["curriculum.phases.1.blend={text: 0, math: 0, code: 0}"], ["curriculum phase 2", "sum above 0"]),

@@ -29,6 +29,21 @@ def test_cuts_lie_between_rows() -> None:
                 assert not begin < cut < end or (cut - begin) % math.prod(shape[1:]) == 0
 
 
+class ScaledSum(torch.autograd.Function):
+    """factor x sum of a parameter, with a gradient that goes straight into the bucket, as fused products add theirs."""
+
+    @staticmethod
+    def forward(ctx, param: torch.nn.Parameter, factor: float) -> torch.Tensor:
+        ctx.param, ctx.factor = param, factor
+        return param.float().sum() * factor
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[None, None]:
+        ctx.param.main_grad += ctx.factor * grad
+        ctx.param.has_main_grad()
+        return None, None
+
+
 def update(bucket_elements: int, early: bool, dtype: torch.dtype) -> dict[str, object]:
     """Two micro-batches with gradients that depend on the rank, and an update of each main parameter by its gradient."""
     if not dist.is_initialized():
@@ -40,9 +55,11 @@ def update(bucket_elements: int, early: bool, dtype: torch.dtype) -> dict[str, o
     for micro_batch in (1, 2):
         if early and micro_batch == 2:
             flat.reduce_early()
-        sum(
-            (param.float() * number * micro_batch).sum() for number, param in enumerate(params, dist.get_rank())
-        ).backward()
+        factors = [(dist.get_rank() + number) * micro_batch for number in range(len(params))]
+        terms = [
+            ScaledSum.apply(p, f) if f % 2 else (p.float() * f).sum() for p, f in zip(params, factors, strict=True)
+        ]
+        sum(terms).backward()
     flat.reduce_grads()
     for part in flat.parts:
         part.main.add_(part.grad)

@@ -59,13 +59,13 @@ class PrecisionConfig(Section):
 
     @property
     def token_multiple(self) -> int:
-        """What the tokens of a micro-batch must be a multiple of: Transformer Engine 2.20 asks for 8 (`assert_dim_for_fp8_exec`),
-        and for whole blocks of 32 in MXFP8 (`MXFP8Quantizer`)."""
-        return 1 if not self.is_fp8 else 32 if self.name == "mxfp8" else 8
+        """What the tokens of a micro-batch must be a multiple of: rows of a transposed operand are whole 16 bytes (cuBLAS), and whole
+        blocks of 32 in MXFP8 (`MXFP8Quantizer` of Transformer Engine 2.20)."""
+        return self.width_multiple
 
     @property
     def width_multiple(self) -> int:
-        """What the width of every matrix in a layer must be a multiple of, from the same places: 16, and 32 in MXFP8."""
+        """What the width of every matrix in a layer must be a multiple of, for the same reasons: 16, and 32 in MXFP8."""
         return 1 if not self.is_fp8 else 32 if self.name == "mxfp8" else 16
 
     def named(self, name: NumberFormat) -> "PrecisionConfig":
@@ -109,6 +109,9 @@ class ParallelConfig(Section):
     """`te`: Megatron-core's Transformer Engine layers (GPU); `torch`: plain torch layers; `auto`: te where it can run."""
     op_fuser: bool = True
     """Transformer Engine's fused operations for the feed-forward block."""
+    fused_layers: bool = True
+    """In FP8 with delayed scales, run layers through the project's kernels between matrix products; false: Transformer Engine's modules, as
+    everywhere else."""
     cuda_graph: bool = True
     """Replay forward and backward of a micro-batch as one CUDA graph."""
     deterministic: bool = False

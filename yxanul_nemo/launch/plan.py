@@ -319,7 +319,14 @@ class _Forecaster:
         config = self.config
         cores = threads_per_process(config, min(self.ranks, process_count(config)))
         return forecast_speed(
-            config.model, self.vocab_size, config.precision, self.gpu, seq_len, micro_batch_tokens, cores
+            config.model,
+            self.vocab_size,
+            config.precision,
+            config.parallel,
+            self.gpu,
+            seq_len,
+            micro_batch_tokens,
+            cores,
         )
 
 

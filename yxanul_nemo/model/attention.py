@@ -1,5 +1,6 @@
 """Megatron-core's self-attention with the project's kernels around and, for short windows, in place of Transformer Engine's attention."""
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -32,11 +33,7 @@ class WindowSelfAttention(SelfAttention):
             attention_mask: where each token's document begins in its window [B, T] (`model.documents`); None: windows are whole.
             packed_seq_params: the list of documents, where the windows stand one after another in one row [B x T, 1, hidden].
         """
-        heads = Heads(
-            self.num_query_groups_per_partition,
-            self.num_attention_heads_per_partition // self.num_query_groups_per_partition,
-            self.hidden_size_per_attention_head,
-        )
+        heads = self.heads
         is_plain = rotary_pos_emb is not None and all(option is None for option in options.values())
         # Under context parallelism a rank's tokens are not neighbours, which Transformer Engine's own path knows.
         if not is_plain or self.config.context_parallel_size > 1 or heads.head_dim & (heads.head_dim - 1):
@@ -44,9 +41,36 @@ class WindowSelfAttention(SelfAttention):
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **options)
         qkv_TBGX, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)
         qkv_TBQ, angles_TD = qkv_TBGX.flatten(2), rotary_pos_emb[:, 0, 0]
-        if packed_seq_params is None and why_unsupported(qkv_TBQ.dtype, qkv_TBQ.size(0), heads.head_dim) is None:
+        if packed_seq_params is None and self.takes_mixed(qkv_TBQ.size(0), qkv_TBQ.dtype):
             return self.linear_proj(window_attention(qkv_TBQ, angles_TD, heads, attention_mask))
         query, key, value = split_rope(qkv_TBQ, angles_TD, heads)
+        return self.linear_proj(self.attend(query, key, value, attention_mask, packed_seq_params))
+
+    @property
+    def heads(self) -> Heads:
+        """Shape of this rank's heads."""
+        return Heads(
+            self.num_query_groups_per_partition,
+            self.num_attention_heads_per_partition // self.num_query_groups_per_partition,
+            self.hidden_size_per_attention_head,
+        )
+
+    def takes_mixed(self, seq_len: int, dtype: torch.dtype) -> bool:
+        """Whether whole windows of this length go through `window_attention`, straight from the mixed projection."""
+        return why_unsupported(dtype, seq_len, self.heads.head_dim) is None
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        packed_seq_params: PackedSeqParams | None,
+    ) -> Tensor:
+        """Transformer Engine's attention of rotated queries to keys and values [T, B, their heads, head_dim] -> [T, B, heads x head_dim].
+
+        Mask and documents are as in `forward`.
+        """
         if packed_seq_params is not None:
             out_NO = self.core_attention(
                 *(x.squeeze(1) for x in (query, key, value)),
@@ -54,11 +78,9 @@ class WindowSelfAttention(SelfAttention):
                 attn_mask_type=self.attn_mask_type,
                 packed_seq_params=packed_seq_params,
             )
-            return self.linear_proj(out_NO.unsqueeze(1))
+            return out_NO.unsqueeze(1)
         if attention_mask is None:
-            out_TBO = self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)
-        else:
-            # What the kernel does not take, FP32 above all, is left to unfused attention.
-            mask = hidden_tokens(attention_mask)
-            out_TBO = self.core_attention(query, key, value, mask, attn_mask_type=AttnMaskType.arbitrary)
-        return self.linear_proj(out_TBO)
+            return self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)
+        # What the kernel does not take, FP32 above all, is left to unfused attention.
+        mask = hidden_tokens(attention_mask)
+        return self.core_attention(query, key, value, mask, attn_mask_type=AttnMaskType.arbitrary)

@@ -2,6 +2,7 @@
 
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
+from yxanul_nemo.model.fused_layers import why_not_fused
 from yxanul_nemo.model.gpt import YxanulGPT, transformer_config
 from yxanul_nemo.model.init import initialize
 from yxanul_nemo.runtime import check_precision, init_process_groups, resolve_device, resolve_layer_spec
@@ -30,7 +31,8 @@ def build_model(
     layer_spec = resolve_layer_spec(parallel, device)
     init_process_groups(parallel, device, seed)
     config = transformer_config(model, precision, parallel, layer_spec, device == "cuda", seq_len)
-    built = YxanulGPT(model, config, vocab_size, layer_spec)
+    is_fused = why_not_fused(model, precision, parallel) is None
+    built = YxanulGPT(model, config, vocab_size, layer_spec, is_fused)
     if drawn:
         initialize(built, model, seed)
     return built.to(device)

@@ -1,6 +1,6 @@
-"""Delayed-scaling state of Transformer Engine's FP8 as plain tensors.
+"""Delayed-scaling state of FP8 as plain tensors, of the fused layers (`delayed_scales`) or of Transformer Engine's modules.
 
-Transformer Engine keeps it in pickled `_extra_state`, which it no longer reads by default (2.20), and which a checkpoint of tensors
+Transformer Engine keeps its own in pickled `_extra_state`, which it no longer reads by default (2.20), and which a checkpoint of tensors
 has no place for. The live tensors stand in `FP8GlobalStateManager.quantization_state` in the order of first use, which is that
 of the model's layers; they exist after the first forward and backward.
 """
@@ -24,9 +24,14 @@ PREFIX = "fp8."
 def scaling_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and live tensor of every amax history and scale; nothing under recipes without state.
 
+    Fused layers have few, of all layers together. Those of modules are many:
+
     Attention cores are counted apart: only some lengths go through Transformer Engine's, and a phase's names must be those of the
     phase before it. Where they don't compute in FP8, theirs are left out.
     """
+    if (scales := getattr(model.decoder, "scales", None)) is not None:
+        yield from ((f"{PREFIX}layers.{name}", tensor) for name, tensor in scales.tensors().items())
+        return
     from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 
     state = FP8GlobalStateManager.quantization_state
@@ -82,12 +87,17 @@ def without_absent_scales(state: Mapping[str, Any], present: Collection[str]) ->
     """`state` less the scaling tensors where a checkpoint has none at all: an imported one, or one of training in another precision.
 
     Args:
-        present: names of the tensors in the checkpoint. If it has some scaling tensors, the state stays whole, so that a damaged
-            checkpoint, or one of another number of layers, is still refused.
+        present: names of the tensors in the checkpoint. If it has some scaling tensors of the state's kind, fused layers' or modules', the
+            state stays whole, so that a damaged checkpoint, or one of another number of layers, is still refused.
     """
-    if any(name.startswith(PREFIX) for name in present):
+    kinds = {_is_of_fused_layers(name) for name in state if name.startswith(PREFIX)}
+    if any(name.startswith(PREFIX) and _is_of_fused_layers(name) in kinds for name in present):
         return dict(state)
     return {name: value for name, value in state.items() if not name.startswith(PREFIX)}
+
+
+def _is_of_fused_layers(name: str) -> bool:
+    return name.startswith(f"{PREFIX}layers.")
 
 
 @contextmanager

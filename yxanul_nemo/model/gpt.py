@@ -21,7 +21,14 @@ from yxanul_nemo.model.layers import TorchRotaryEmbedding, te_layer_spec, torch_
 class YxanulGPT(GPTModel):
     """`forward(ids)` gives logits, `forward(ids, labels)` the loss of each token; labels are already shifted by the caller."""
 
-    def __init__(self, model: ModelConfig, config: TransformerConfig, vocab_size: int, layer_spec: str):
+    def __init__(
+        self,
+        model: ModelConfig,
+        config: TransformerConfig,
+        vocab_size: int,
+        layer_spec: str,
+        fused_layers: bool = False,
+    ):
         self.real_vocab_size = vocab_size
         self.model_shape = model
         self.with_te = layer_spec == "te"
@@ -38,6 +45,11 @@ class YxanulGPT(GPTModel):
         )
         if layer_spec == "torch":
             self.rotary_pos_emb = TorchRotaryEmbedding(model.head_dim, model.rope_base, self.pg_collection.cp)
+        if fused_layers and self.with_te:
+            # As in `layers.te_layer_spec`: Triton is not on every CPU.
+            from yxanul_nemo.model.fused_block import FusedBlock
+
+            FusedBlock.take_over(self.decoder)
         built = sum(p.numel() for p in self.parameters())
         if config.tensor_model_parallel_size == 1:
             expected = parameter_count(model, self.vocab_size)

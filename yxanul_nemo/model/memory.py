@@ -11,6 +11,7 @@ from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.figures import GIB
 from yxanul_nemo.model.counts import parameter_count
+from yxanul_nemo.model.fused_layers import why_not_fused
 
 MEASURED_MODEL = ModelConfig(
     name="yxanul_197m",
@@ -23,8 +24,12 @@ MEASURED_MODEL = ModelConfig(
     embedding_rank=128,
 )
 MEASURED_VOCAB_SIZE = 200_005
-PEAK_MEMORY_BYTES = {"fp8": {32_768: 20.5 * GIB, 65_536: 37.3 * GIB}, "bf16": {32_768: 22.7 * GIB, 65_536: 41.8 * GIB}}
-"""By micro-batch tokens, at 2048."""
+PEAK_MEMORY_BYTES = {
+    "fused": {32_768: 19.1 * GIB, 65_536: 34.5 * GIB},
+    "fp8": {32_768: 20.5 * GIB, 65_536: 37.3 * GIB},
+    "bf16": {32_768: 22.7 * GIB, 65_536: 41.8 * GIB},
+}
+"""By micro-batch tokens, at 2048; `fp8` with Transformer Engine's modules."""
 
 WORKING_BYTES_PER_PARAMETER = 6
 """On a GPU: BF16 parameter 2, FP32 gradient 4."""
@@ -55,14 +60,15 @@ def forecast_memory_bytes(
         micro_batch_tokens: tokens of one micro-batch of a data-parallel rank.
         data_parallel: ranks with different windows.
     """
-    per_token = _activation_bytes_per_token(precision) * _saved_widths(model) / _saved_widths(MEASURED_MODEL)
+    kind = "fused" if why_not_fused(model, precision, parallel) is None else "fp8" if precision.is_fp8 else "bf16"
+    per_token = _activation_bytes_per_token(kind, precision) * _saved_widths(model) / _saved_widths(MEASURED_MODEL)
     working, of_optimizer = WORKING_BYTES_PER_PARAMETER, OPTIMIZER_BYTES_PER_PARAMETER
     if precision.name == "fp32":
         working, of_optimizer = FP32_STATE_BYTES_PER_PARAMETER
     shares = data_parallel * parallel.context_parallel if parallel.shares_optimizer else 1
     ranks = parallel.tensor_parallel * parallel.context_parallel
     held = (working + of_optimizer / shares) * parameter_count(model, vocab_rows) / parallel.tensor_parallel
-    return held + _process_bytes(precision) + per_token * micro_batch_tokens / ranks
+    return held + _process_bytes(kind) + per_token * micro_batch_tokens / ranks
 
 
 def largest_micro_batch_tokens(
@@ -115,21 +121,16 @@ def _saved_widths(model: ModelConfig) -> int:
     return model.num_layers * (4 * model.hidden_size + 2 * query + 2 * key + 3 * model.ffn_hidden_size)
 
 
-def _activation_bytes_per_token(precision: PrecisionConfig) -> float:
+def _activation_bytes_per_token(kind: str, precision: PrecisionConfig) -> float:
     """Of the measured model, from the two micro-batches that were measured; FP32 is taken as twice BF16."""
-    (small_tokens, small_bytes), (large_tokens, large_bytes) = _measured_memory(precision)
+    (small_tokens, small_bytes), (large_tokens, large_bytes) = PEAK_MEMORY_BYTES[kind].items()
     return (large_bytes - small_bytes) / (large_tokens - small_tokens) * (2 if precision.name == "fp32" else 1)
 
 
-def _process_bytes(precision: PrecisionConfig) -> float:
+def _process_bytes(kind: str) -> float:
     """What the measured runs held besides state and activations."""
-    (small_tokens, small_bytes), (large_tokens, large_bytes) = _measured_memory(precision)
+    (small_tokens, small_bytes), (large_tokens, large_bytes) = PEAK_MEMORY_BYTES[kind].items()
     per_token = (large_bytes - small_bytes) / (large_tokens - small_tokens)
     rows = MEASURED_MODEL.padded_vocab_size(MEASURED_VOCAB_SIZE)
     state = (WORKING_BYTES_PER_PARAMETER + OPTIMIZER_BYTES_PER_PARAMETER) * parameter_count(MEASURED_MODEL, rows)
     return small_bytes - per_token * small_tokens - state
-
-
-def _measured_memory(precision: PrecisionConfig) -> tuple[tuple[int, float], tuple[int, float]]:
-    small, large = PEAK_MEMORY_BYTES["fp8" if precision.is_fp8 else "bf16"].items()
-    return small, large

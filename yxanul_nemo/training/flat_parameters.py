@@ -12,7 +12,6 @@ import math
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -120,20 +119,30 @@ class _Bucket:
         )
 
     def add_up_gradients(self) -> None:
-        """Have each gradient that a backward pass computes added to those in the bucket."""
+        """Have each gradient that a backward pass computes added to those in the bucket.
+
+        A backward pass may also add to a parameter's `main_grad` itself, as Megatron-core calls its place in the bucket, and then call its
+        `has_main_grad`.
+        """
         # A hook is kept by its parameter where Python's collector does not look: what it refers to would never be freed.
         reference = weakref.ref(self)
 
-        def add(param: Parameter, number: int) -> None:
+        def note() -> None:
             bucket = reference()
             assert bucket is not None, "a backward pass of a model whose optimizer is gone"
-            bucket.grad_views[number].add_(param.grad)
-            param.grad = None
             if bucket.reduces_early:
                 bucket.has_one_more()
 
-        for number, param in enumerate(self.params):
-            param.register_post_accumulate_grad_hook(partial(add, number=number))
+        def add(param: Parameter) -> None:
+            # torch 2.11 also calls when a backward pass gave no gradient, having added it itself.
+            if param.grad is not None:
+                param.main_grad.add_(param.grad)
+                param.grad = None
+                note()
+
+        for param, grad in zip(self.params, self.grad_views, strict=True):
+            param.main_grad, param.has_main_grad = grad, note
+            param.register_post_accumulate_grad_hook(add)
 
     def await_all(self) -> None:
         """A backward pass begins whose gradients are reduced as they come."""

@@ -1,4 +1,4 @@
-"""Checkpoints without FP8 scales, as imports and other precisions leave them."""
+"""Checkpoints without FP8 scales, as imports, other precisions and layers of another kind leave them."""
 
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from yxanul_nemo.model.fp8_state import without_absent_scales
 
 WEIGHTS = ("model.a", "optimizer.step")
 SCALES = ("fp8.forward.0.scale", "fp8.forward.0.amax_history")
+OF_FUSED = ("fp8.layers.scale", "fp8.layers.amax", "fp8.layers.amax_history")
 
 
 def state(*names: str) -> dict[str, ShardedTensor]:
@@ -25,6 +26,9 @@ def state(*names: str) -> dict[str, ShardedTensor]:
         (WEIGHTS, (*WEIGHTS, *SCALES), WEIGHTS),
         ((*WEIGHTS, *SCALES), (*WEIGHTS, *SCALES), (*WEIGHTS, *SCALES)),
         ((*WEIGHTS, *SCALES), WEIGHTS, WEIGHTS),
+        ((*WEIGHTS, *SCALES), (*WEIGHTS, *OF_FUSED), WEIGHTS),
+        ((*WEIGHTS, *OF_FUSED), (*WEIGHTS, *SCALES), WEIGHTS),
+        ((*WEIGHTS, *OF_FUSED), (*WEIGHTS, *OF_FUSED), (*WEIGHTS, *OF_FUSED)),
     ],
 )
 def test_scales_are_left_out_only_where_there_are_none(
@@ -40,11 +44,12 @@ def test_scales_are_left_out_only_where_there_are_none(
     assert all(bool(shard.data.eq(len(name) if name in kept else 0).all()) for name, shard in target.items())
 
 
-def test_some_scales_are_no_scales(tmp_path: Path) -> None:
-    save_shards(state(*WEIGHTS, SCALES[0]), tmp_path, rank=0)
+@pytest.mark.parametrize("scales", [SCALES, OF_FUSED])
+def test_some_scales_are_no_scales(tmp_path: Path, scales: tuple[str, ...]) -> None:
+    save_shards(state(*WEIGHTS, *scales[:-1]), tmp_path, rank=0)
     reader = ShardReader(tmp_path)
-    with pytest.raises(UserError, match=r"lacks the tensor 'fp8\.forward\.0\.amax_history'"):
-        reader.load_into(without_absent_scales(state(*WEIGHTS, *SCALES), reader.keys()))
+    with pytest.raises(UserError, match=f"lacks the tensor '{scales[-1]}'"):
+        reader.load_into(without_absent_scales(state(*WEIGHTS, *scales), reader.keys()))
 
 
 def test_weights_are_never_left_out(tmp_path: Path) -> None:

@@ -1,7 +1,10 @@
 """One way to build the model, whatever it is for: training, validation, export."""
 
+import torch
+
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
+from yxanul_nemo.log import logger
 from yxanul_nemo.model.fused_layers import why_not_fused
 from yxanul_nemo.model.gpt import YxanulGPT, transformer_config
 from yxanul_nemo.model.init import initialize
@@ -31,11 +34,22 @@ def build_model(
     layer_spec = resolve_layer_spec(parallel, device)
     init_process_groups(parallel, device, seed)
     config = transformer_config(model, precision, parallel, layer_spec, device == "cuda", seq_len)
-    is_fused = why_not_fused(model, precision, parallel) is None
-    built = YxanulGPT(model, config, vocab_size, layer_spec, is_fused)
+    modules_because = why_not_fused(model, precision, parallel) or _why_not_on_this_gpu(device)
+    if layer_spec == "te" and precision.is_fp8:
+        logger.info(
+            "FP8 layers: %s", f"Transformer Engine's modules, {modules_because}" if modules_because else "fused"
+        )
+    built = YxanulGPT(model, config, vocab_size, layer_spec, fused_layers=modules_because is None)
     if drawn:
         initialize(built, model, seed)
     return built.to(device)
+
+
+def _why_not_on_this_gpu(device: str) -> str | None:
+    """Fused layers hand weights to backward products in transposed order alone, which is what Ada and Hopper multiply."""
+    if device == "cuda" and (capability := torch.cuda.get_device_capability()) >= (10, 0):
+        return f"fused ones were not tried with compute capability {capability[0]}.{capability[1]}"
+    return None
 
 
 def reference_precision() -> tuple[PrecisionConfig, ParallelConfig]:

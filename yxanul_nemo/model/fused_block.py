@@ -102,7 +102,7 @@ class FusedBlock(TransformerBlock):
                 shape,
                 slots[number],
                 None if is_last else slots[number + 1],
-                attended_TBO.flatten(0, 1).flatten(1),
+                attended_TBO.flatten(0, 1),
                 residual,
                 *_weights_out(layer),
                 *((self.final_layernorm.weight, None) if is_last else _weights_in(self.layers[number + 1])),

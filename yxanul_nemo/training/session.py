@@ -219,7 +219,10 @@ class PhaseSession:
         reader.load_into(held)
         self.backend.after_load()
         if len(held) < len(state):
-            logger.info("%s has no FP8 scales for these layers; they start afresh, from passes with its weights", checkpoint.path)
+            logger.info(
+                "%s has no FP8 scales for these layers; they start afresh, from passes with its weights",
+                checkpoint.path,
+            )
             self.backend.prepare(self.layout.micro_batch_size, self.layout.accumulation, self.phase.seq_len)
         restore_random_state(state, self.device)
         logger.info("loaded %s (%s tokens)", checkpoint.path, f"{checkpoint.tokens:,}")

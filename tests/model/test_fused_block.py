@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -98,23 +99,36 @@ def plain(x_NH: torch.Tensor, layers: list, seq_len: int, angles_TD: torch.Tenso
 
 
 def fused(x_NH: torch.Tensor, layers: list, seq_len: int, angles_TD: torch.Tensor, is_mixed: bool) -> torch.Tensor:
-    """As `FusedBlock.forward` strings stretches together."""
+    """`FusedBlock.forward` over these weights, with plain attention."""
     *layers, (last,) = layers
-    rope = None if is_mixed else fused_block.Rope.of(angles_TD, HEADS)
-    shape = fused_block.Shape(seq_len, x_NH.size(0) // seq_len, EPS, rope)
     slots = [unrounded_slots() for _ in layers]
-    stretch = fused_block._Stretch.apply
-    *qkv, x_NH = stretch(shape, None, slots[0], None, x_NH, None, None, None, None, *layers[0][:2])
-    for number, (_, _, proj, norm_2, fc1, fc2) in enumerate(layers):
-        if is_mixed:
-            query, key, value = split(qkv[0])
-            attended = attend(turned(query, angles_TD), turned(key, angles_TD), value)
-        else:
-            attended = attend(*qkv)
-        is_last = number == len(layers) - 1
-        after = (None, (last, None)) if is_last else (slots[number + 1], layers[number + 1][:2])
-        *qkv, x_NH = stretch(shape, slots[number], after[0], attended, x_NH, proj, norm_2, fc1, fc2, *after[1])
-    return x_NH
+
+    def module(norm_1, qkv, proj, norm_2, fc1, fc2) -> SimpleNamespace:
+        attention = SimpleNamespace(
+            heads=HEADS,
+            takes_mixed=lambda tokens, dtype: is_mixed,
+            attend=lambda q, k, v, mask, documents: attend(q, k, v).unflatten(0, (seq_len, -1)),
+            linear_qkv=SimpleNamespace(layer_norm_weight=norm_1, weight=qkv),
+            linear_proj=SimpleNamespace(weight=proj),
+        )
+        mlp = SimpleNamespace(
+            linear_fc1=SimpleNamespace(layer_norm_weight=norm_2, weight=fc1), linear_fc2=SimpleNamespace(weight=fc2)
+        )
+        return SimpleNamespace(self_attention=attention, mlp=mlp)
+
+    def window_attention(mixed_TBQ, angles, heads, starts):
+        query, key, value = split(mixed_TBQ)
+        return attend(turned(query, angles), turned(key, angles), value).unflatten(0, (seq_len, -1))
+
+    fused_block.window_attention = window_attention
+    block = SimpleNamespace(
+        config=SimpleNamespace(fp8="hybrid", layernorm_epsilon=EPS),
+        scales=SimpleNamespace(begin_pass=lambda is_training: slots),
+        layers=[module(*weights) for weights in layers],
+        final_layernorm=SimpleNamespace(weight=last),
+    )
+    x_TBH = x_NH.unflatten(0, (seq_len, -1))
+    return fused_block.FusedBlock.forward(block, x_TBH, None, rotary_pos_emb=angles_TD[:, None, None]).flatten(0, 1)
 
 
 def interpreted() -> None:

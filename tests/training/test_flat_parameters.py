@@ -57,7 +57,8 @@ def update(bucket_elements: int, early: bool, dtype: torch.dtype) -> dict[str, o
             flat.reduce_early()
         factors = [(dist.get_rank() + number) * micro_batch for number in range(len(params))]
         terms = [
-            ScaledSum.apply(p, f) if f % 2 else (p.float() * f).sum() for p, f in zip(params, factors, strict=True)
+            ScaledSum.apply(param, factor) if number % 2 else (param.float() * factor).sum()
+            for number, (param, factor) in enumerate(zip(params, factors, strict=True))
         ]
         sum(terms).backward()
     flat.reduce_grads()

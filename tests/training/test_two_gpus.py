@@ -191,10 +191,12 @@ def test_gradients_are_those_of_one_gpu(found: dict, folder: Path, layout: str, 
     """By the first moments after the first step, which are a tenth of the clipped gradients."""
     of_two, of_one = (whole_tensors(folder / name / precision / "first") for name in (layout, "one"))
     moments = [name for name in of_one if name.startswith("optimizer.exp_avg.")]
-    assert moments
-    assert {name for name in of_two if not name.startswith("fp8.")} == {
-        name for name in of_one if not name.startswith("fp8.")
-    }
+    if precision == "fp8_hybrid" and not layout.startswith("data"):
+        # Ranks that share a model have scales of another kind.
+        of_two, of_one = (
+            {name: x for name, x in tensors.items() if not name.startswith("fp8.")} for tensors in (of_two, of_one)
+        )
+    assert moments and of_two.keys() == of_one.keys()
     for name in moments:
         norm = np.linalg.norm(of_one[name])
         assert norm > 0

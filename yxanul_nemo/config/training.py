@@ -10,6 +10,11 @@ SHORTEST_CONTEXT_CHUNK = 128
 """Tokens. Context-parallel ranks hold two chunks of a window each, and attention goes from chunk to chunk; cuDNN's fails inside a CUDA
 graph below this length (illegal memory access; Transformer Engine 2.20, cuDNN 9.14), and there is no other that knows chunks."""
 
+FP8_MULTIPLE = 16
+"""Numbers that a row of an FP8 operand is a multiple of, transposed or not: whole 16 bytes (cuBLAS)."""
+MXFP8_MULTIPLE = 32
+"""Whole blocks of MXFP8 (`MXFP8Quantizer` of Transformer Engine 2.20)."""
+
 NumberFormat = Literal["fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8"]
 
 
@@ -59,14 +64,13 @@ class PrecisionConfig(Section):
 
     @property
     def token_multiple(self) -> int:
-        """What the tokens of a micro-batch must be a multiple of: rows of a transposed operand are whole 16 bytes (cuBLAS), and whole
-        blocks of 32 in MXFP8 (`MXFP8Quantizer` of Transformer Engine 2.20)."""
+        """What the tokens of a micro-batch must be a multiple of: they are the rows of transposed operands."""
         return self.width_multiple
 
     @property
     def width_multiple(self) -> int:
-        """What the width of every matrix in a layer must be a multiple of, for the same reasons: 16, and 32 in MXFP8."""
-        return 1 if not self.is_fp8 else 32 if self.name == "mxfp8" else 16
+        """What the width of every matrix in a layer must be a multiple of."""
+        return 1 if not self.is_fp8 else MXFP8_MULTIPLE if self.name == "mxfp8" else FP8_MULTIPLE
 
     def named(self, name: NumberFormat) -> "PrecisionConfig":
         """The same in another format, without what means something in FP8 alone where that is none."""

@@ -11,18 +11,13 @@ import triton.language as tl
 
 IS_COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
-E4M3_OF_FOUR = tl.constexpr("""{
+FOUR_AT_ONCE = """{{
 .reg .b16 low, high;
-cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
-cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
-mov.b32 $0, {low, high};
-}""")
-E5M2_OF_FOUR = tl.constexpr("""{
-.reg .b16 low, high;
-cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;
-cvt.rn.satfinite.e5m2x2.f32 high, $4, $3;
-mov.b32 $0, {low, high};
-}""")
+cvt.rn.satfinite.{name}x2.f32 low, $2, $1;
+cvt.rn.satfinite.{name}x2.f32 high, $4, $3;
+mov.b32 $0, {{low, high}};
+}}"""
+E4M3_OF_FOUR, E5M2_OF_FOUR = (tl.constexpr(FOUR_AT_ONCE.format(name=name)) for name in ("e4m3", "e5m2"))
 
 
 @triton.jit
@@ -33,11 +28,9 @@ def _round(x_RC, dtype: tl.constexpr):
     singly too, as for columns, it then takes half of them from a register that was never written
     (https://github.com/triton-lang/triton/issues/11111). Here only the four together have a name.
     """
-    if IS_COMPILED and dtype == tl.float8e4nv:
-        bits_RC = tl.inline_asm_elementwise(E4M3_OF_FOUR, "=r,r,r,r,r", [x_RC], dtype=tl.uint8, is_pure=True, pack=4)
-        return bits_RC.to(dtype, bitcast=True)
-    if IS_COMPILED and dtype == tl.float8e5:
-        bits_RC = tl.inline_asm_elementwise(E5M2_OF_FOUR, "=r,r,r,r,r", [x_RC], dtype=tl.uint8, is_pure=True, pack=4)
+    if IS_COMPILED and (dtype == tl.float8e4nv or dtype == tl.float8e5):
+        assembly: tl.constexpr = E4M3_OF_FOUR if dtype == tl.float8e4nv else E5M2_OF_FOUR
+        bits_RC = tl.inline_asm_elementwise(assembly, "=r,r,r,r,r", [x_RC], dtype=tl.uint8, is_pure=True, pack=4)
         return bits_RC.to(dtype, bitcast=True)
     return x_RC.to(dtype)
 

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from yxanul_nemo.config.training import FP8_MULTIPLE
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.layer_ops import (
     Matrix,
@@ -34,9 +35,6 @@ from yxanul_nemo.kernels.split_rope import split_rope
 from yxanul_nemo.kernels.te_calls import input_gradient, norm_gradient, product, weight_gradient
 from yxanul_nemo.kernels.window_attention import window_attention
 from yxanul_nemo.model.delayed_scales import DelayedScales
-
-TOKEN_MULTIPLE = 16
-"""Rows of transposed FP8 operands, which are the tokens, must be whole 16 bytes (cuBLAS)."""
 
 
 class FusedBlock(TransformerBlock):
@@ -63,13 +61,13 @@ class FusedBlock(TransformerBlock):
         hidden_states: Tensor,
         attention_mask: Tensor | None,
         *,
-        rotary_pos_emb: Tensor | None = None,
+        rotary_pos_emb: Tensor,
         packed_seq_params: PackedSeqParams | None = None,
         **options: object,
     ) -> Tensor:
         """hidden_states [T, B, hidden] -> the last norm's result, the same shape; masks as `WindowSelfAttention` takes them."""
-        is_whole = hidden_states.size(0) * hidden_states.size(1) % TOKEN_MULTIPLE == 0
-        if not self.config.fp8 or not is_whole or rotary_pos_emb is None:
+        is_whole = hidden_states.size(0) * hidden_states.size(1) % FP8_MULTIPLE == 0
+        if not self.config.fp8 or not is_whole:
             assert is_whole or not torch.is_grad_enabled(), "PrecisionConfig.token_multiple"
             with _without_fp8(self.config):
                 return super().forward(

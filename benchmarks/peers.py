@@ -17,7 +17,6 @@ A contender whose micro-batch does not fit into memory gets half of it, and that
 import argparse
 import gc
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.model import ModelConfig
+from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.fp8_state import forget_fp8_state
@@ -317,6 +317,7 @@ def main() -> None:
     init_process_groups(config.parallel, "cuda", seed=1)
     every = contenders(config.model)
     rows: dict[str, list[dict]] = {}
+    report = {"environment": describe_environment(), "gpu": torch.cuda.get_device_name(), "contenders": rows}
     for name in arguments.only or every:
         rows[name] = []
         for seq_len in arguments.seq_lens:
@@ -329,9 +330,8 @@ def main() -> None:
                     {"seq_len": seq_len, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
                 )
             print(name, rows[name][-1], flush=True)
-    if arguments.output:
-        report = {"environment": describe_environment(), "gpu": torch.cuda.get_device_name(), "contenders": rows}
-        arguments.output.write_text(json.dumps(report, indent=1))
+            if arguments.output:
+                write_json_atomic(arguments.output, report)
     table = Table("contender", *(f"tokens/s at {n}" for n in arguments.seq_lens), "micro-batch", "GiB", "setup s")
     for name, cases in rows.items():
         rates = [f"{case['tokens_per_second']:,.0f}" if "error" not in case else "failed" for case in cases]

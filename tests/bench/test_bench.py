@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
-from yxanul_nemo.bench.cases import bench_cases
+from yxanul_nemo.bench.cases import Case, bench_cases, bench_sweeps
+from yxanul_nemo.bench.figures import curriculum_speeds
+from yxanul_nemo.bench.measure import Result, measure
 from yxanul_nemo.bench.stage import RANDOM_DOCUMENT_TOKENS, RandomTokens, run_bench_stage
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.training.phases import plan_phases
 
 
 def test_the_phases_of_a_curriculum_are_measured_with_their_own_steps() -> None:
@@ -57,6 +60,57 @@ def test_the_figures_are_those_of_training_steps(
         assert case["kernels"][0]["seconds"] > 0
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert "tokens/s" in capsys.readouterr().out
+
+
+def test_the_speed_over_the_curriculum_is_all_its_tokens_over_all_its_seconds(
+    tmp_path: Path, make_config: Callable[..., RunConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = make_config(f"run.dir={tmp_path}", "bench.steps=2", "bench.warmup_steps=1")
+    assert run_bench_stage(config)
+    (path,) = (tmp_path / "bench").glob("*.json")
+    report = json.loads(path.read_text())
+    rate_of = {(case["seq_len"], case["tokens_per_step"]): case["tokens_per_second"] for case in report["cases"]}
+    phases = plan_phases(config.curriculum)
+    seconds = sum(phase.tokens / rate_of[phase.seq_len, phase.tokens_per_step] for phase in phases)
+    (speed,) = report["curriculum"]
+    assert speed["tokens"] == sum(phase.tokens for phase in phases)
+    assert speed["step_seconds"] == pytest.approx(seconds)
+    assert min(rate_of.values()) <= speed["tokens_per_second"] <= max(rate_of.values())
+    assert f"{speed['tokens_per_second']:,.0f} tokens/s over" in capsys.readouterr().out
+
+
+def test_a_curriculum_with_a_phase_that_failed_has_no_speed() -> None:
+    config = parse(compose(["recipe=yxanul_197m_h100", "parallel.micro_batch_tokens=65536"]))
+    sweeps = bench_sweeps(config, ["bf16", "fp8_hybrid"])
+    rows = [
+        {
+            "seq_len": case.phase.seq_len,
+            "tokens_per_step": case.phase.tokens_per_step,
+            "precision": case.precision.name,
+            "micro_batch_size": case.micro_batch_size,
+            **({"error": "out of memory"} if case.shape[:3:2] == (2048, "bf16") else {"tokens_per_second": 1e5}),
+        }
+        for sweep in sweeps
+        for case in sweep.cases
+    ]
+    (speed,) = curriculum_speeds(sweeps, rows)
+    assert speed["precision"] == "fp8_hybrid" and speed["tokens_per_second"] == pytest.approx(1e5)
+
+
+def test_cases_that_were_measured_are_kept_when_a_later_one_breaks(
+    tmp_path: Path, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks_at_32(config: RunConfig, case: Case, *others: object) -> Result:
+        if case.phase.seq_len == 32:
+            raise KeyboardInterrupt
+        return measure(config, case, *others)
+
+    monkeypatch.setattr("yxanul_nemo.bench.stage.measure", breaks_at_32)
+    asked = ("bench.seq_len=[16,32]", "bench.tokens_per_step=256", "bench.steps=2", "bench.warmup_steps=1")
+    with pytest.raises(KeyboardInterrupt):
+        run_bench_stage(make_config(f"run.dir={tmp_path}", *asked))
+    (path,) = (tmp_path / "bench").glob("*.json")
+    assert [case["seq_len"] for case in json.loads(path.read_text())["cases"]] == [16]
 
 
 def test_processes_of_torchrun_share_the_steps(

@@ -29,13 +29,27 @@ class Case:
         return self.micro_batch_size * self.phase.seq_len
 
     @property
+    def shape(self) -> tuple[int, int, str, int]:
+        """What its speed depends on."""
+        return self.phase.seq_len, self.phase.tokens_per_step, self.precision.name, self.micro_batch_size
+
+    @property
     def name(self) -> str:
         """For messages."""
         return f"{self.precision.name} seq_len {self.phase.seq_len} micro-batch {self.micro_batch_tokens} x {self.accumulation}"
 
 
-def bench_cases(config: RunConfig, formats: Sequence[NumberFormat], data_parallel: int = 1) -> list[Case]:
-    """Every combination that `bench` asks for, without repetitions; `parallel.micro_batch_tokens` is a number here.
+@dataclass(frozen=True)
+class Sweep:
+    """All lengths in one precision with micro-batches of up to one size."""
+
+    precision: PrecisionConfig
+    micro_batch_tokens: int
+    cases: Sequence[Case]
+
+
+def bench_sweeps(config: RunConfig, formats: Sequence[NumberFormat], data_parallel: int = 1) -> list[Sweep]:
+    """Every combination that `bench` asks for; `parallel.micro_batch_tokens` is a number here.
 
     Args:
         formats: the recipe's, measured where `bench.precision` names none.
@@ -44,14 +58,24 @@ def bench_cases(config: RunConfig, formats: Sequence[NumberFormat], data_paralle
     Raises:
         UserError: a length that the model has no positions for, or that does not fit a micro-batch.
     """
-    found: dict[tuple[int, int, str, int], Case] = {}
+    sweeps = []
     for micro_batch_tokens in config.bench.micro_batch_tokens or [config.parallel.micro_batch_tokens]:
         for precision in map(config.precision.named, config.bench.precision or formats):
+            cases = []
             for phase in _phases(config, micro_batch_tokens, data_parallel):
                 check_chunks(phase, config.parallel.context_parallel)
                 size, accumulation = batch_layout(phase, data_parallel, micro_batch_tokens, precision.token_multiple)
-                key = (phase.seq_len, phase.tokens_per_step, precision.name, size)
-                found.setdefault(key, Case(phase, precision, size, accumulation))
+                cases.append(Case(phase, precision, size, accumulation))
+            sweeps.append(Sweep(precision, micro_batch_tokens, cases))
+    return sweeps
+
+
+def bench_cases(config: RunConfig, formats: Sequence[NumberFormat], data_parallel: int = 1) -> list[Case]:
+    """The steps of `bench_sweeps`, those of one shape once."""
+    found: dict[tuple[int, int, str, int], Case] = {}
+    for sweep in bench_sweeps(config, formats, data_parallel):
+        for case in sweep.cases:
+            found.setdefault(case.shape, case)
     return list(found.values())
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -125,3 +126,14 @@ def test_steps_come_one_after_another_from_any_step_on(shards: list[IndexedToken
         inputs, labels = windows.read(step * 6, 6)
         assert np.array_equal(ids_ABT.numpy().reshape(6, 4), inputs)
         assert np.array_equal(labels_ABT.numpy().reshape(6, 4), labels)
+
+
+@pytest.mark.gpu
+def test_steps_for_a_gpu_are_the_same_ones_in_pinned_memory(shards: list[IndexedTokens]) -> None:
+    windows, layout = PhaseWindows([TokenStream(shards, 1)], np.array([1.0]), [0], seq_len=4), BatchLayout(2, 3, 1)
+    gpu = torch.device("cuda", torch.cuda.current_device())
+    plain, pinned = PhaseBatches(windows, layout, 0, 0, 9), PhaseBatches(windows, layout, 0, 0, 9, gpu)
+    for (ids_ABT, labels_ABT), for_gpu in zip(plain, pinned, strict=True):
+        assert all(x.is_pinned() for x in for_gpu)
+        copied = [x.to(gpu, non_blocking=True) for x in for_gpu]
+        assert torch.equal(copied[0].cpu(), ids_ABT) and torch.equal(copied[1].cpu(), labels_ABT)

@@ -71,8 +71,9 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
     backend.prepare(case.micro_batch_size, case.accumulation, phase.seq_len)
     layout = BatchLayout(case.micro_batch_size, case.accumulation, parallel_state.get_data_parallel_world_size())
     rank = parallel_state.get_data_parallel_rank()
-    batches = PhaseBatches(windows, layout, rank, 0, bench.warmup_steps + bench.steps + 1)
-    loader = iter(DataLoader(batches, batch_size=None, pin_memory=device == "cuda"))
+    gpu = torch.device(device, torch.cuda.current_device()) if device == "cuda" else None
+    batches = PhaseBatches(windows, layout, rank, 0, bench.warmup_steps + bench.steps + 1, gpu)
+    loader = iter(DataLoader(batches, batch_size=None))
     steps = Steps(config, case, backend, loader, vocab_size, device)
     steps.run(bench.warmup_steps)
     setup_seconds = time.perf_counter() - began

@@ -49,14 +49,17 @@ class PhaseWindows:
         self.streams, self.start_tokens, self.seq_len = list(streams), list(start_tokens), seq_len
         self.blend = Blend(shares)
 
-    def read(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Inputs and labels [count, seq_len] int64 of windows first .. first + count - 1.
+    def read(
+        self, first: int, count: int, into: tuple[np.ndarray, np.ndarray] | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and labels [count, seq_len] int64 of windows first .. first + count - 1, in new arrays or in those of `into`.
 
         This is the one place where labels are shifted: the label of a token is the token after it in the stream,
         also at the end of a window, where it is the first token of the source's next window.
         """
-        inputs = np.empty((count, self.seq_len), dtype=np.int64)
-        labels = np.empty((count, self.seq_len), dtype=np.int64)
+        shape = count, self.seq_len
+        inputs, labels = (np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)) if into is None else into
+        assert inputs.shape == labels.shape == shape
         source_of = self.blend.sources(first, count)
         before = self.blend.windows_before(first)
         for source in np.unique(source_of):
@@ -77,10 +80,22 @@ class PhaseBatches(IterableDataset):
 
     Yields pairs (ids_ABT, labels_ABT) of int64 tensors [accumulation, micro_batch_size, seq_len], read in a thread while earlier
     steps are computed.
+
+    Args:
+        gpu: read into pinned memory, from which this GPU copies while it computes. Pinning afterwards would copy on all cores in the
+            thread that launches the GPU's work.
     """
 
-    def __init__(self, windows: PhaseWindows, layout: BatchLayout, rank: int, first_step: int, last_step: int):
-        self.windows, self.layout, self.rank = windows, layout, rank
+    def __init__(
+        self,
+        windows: PhaseWindows,
+        layout: BatchLayout,
+        rank: int,
+        first_step: int,
+        last_step: int,
+        gpu: torch.device | None = None,
+    ):
+        self.windows, self.layout, self.rank, self.gpu = windows, layout, rank, gpu
         self.first_step, self.last_step = first_step, last_step
 
     def __len__(self) -> int:
@@ -91,13 +106,19 @@ class PhaseBatches(IterableDataset):
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The micro-batches of one step for this rank."""
-        size, ranks = self.layout.micro_batch_size, self.layout.data_parallel
-        parts = [
-            self.windows.read(step * self.layout.windows_per_step + (a * ranks + self.rank) * size, size)
-            for a in range(self.layout.accumulation)
-        ]
-        ids, labels = (np.stack(arrays) for arrays in zip(*parts, strict=True))
-        return torch.from_numpy(ids), torch.from_numpy(labels)
+        size, ranks, accumulation = self.layout.micro_batch_size, self.layout.data_parallel, self.layout.accumulation
+        ids_ABT, labels_ABT = (self._empty(accumulation, size, self.windows.seq_len) for _ in range(2))
+        for a in range(accumulation):
+            first = step * self.layout.windows_per_step + (a * ranks + self.rank) * size
+            self.windows.read(first, size, into=(ids_ABT[a].numpy(), labels_ABT[a].numpy()))
+        return ids_ABT, labels_ABT
+
+    def _empty(self, *shape: int) -> torch.Tensor:
+        if self.gpu is None:
+            return torch.empty(shape, dtype=torch.int64)
+        # A thread's own current GPU is the first.
+        with torch.cuda.device(self.gpu):
+            return torch.empty(shape, dtype=torch.int64, pin_memory=True)
 
 
 def corpus_streams(config: RunConfig, manifest: CorpusManifest) -> list[TokenStream]:

@@ -253,7 +253,12 @@ class PhaseSession:
             config.precision.bf16_first_tokens,
         )
         batches = PhaseBatches(
-            self.windows, self.layout, parallel_state.get_data_parallel_rank(), first_step, phase.steps
+            self.windows,
+            self.layout,
+            parallel_state.get_data_parallel_rank(),
+            first_step,
+            phase.steps,
+            self._torch_device() if self.device == "cuda" else None,
         )
         logger.info(
             "phase %d: seq_len %d, %d steps of %s tokens = %d ranks x %d x micro-batch %d, from step %d",
@@ -296,7 +301,7 @@ class PhaseSession:
     def _loader(self, batches: PhaseBatches) -> DataLoader:
         # Each loader draws a seed for workers, which there are none of; it is not to come from the generator that is saved.
         own = torch.Generator().manual_seed(0)
-        return DataLoader(batches, batch_size=None, pin_memory=self.device == "cuda", generator=own)
+        return DataLoader(batches, batch_size=None, generator=own)
 
     def _validating(self, stop: StopRequest) -> list[pl.Callback]:
         if self.config.validation.every_tokens is None:

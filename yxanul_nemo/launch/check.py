@@ -84,6 +84,7 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
     """Which attention Transformer Engine takes at each sequence length of the recipe."""
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
+    from yxanul_nemo.kernels import causal_attention
     from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW, why_unsupported
 
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
@@ -94,6 +95,10 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
         where = f"attention   seq_len {seq_len:>5}{' inside documents' if masked else ''}"
         if why_unsupported(dtype, seq_len, config.model.head_dim) is None:
             yield f"{where}: window kernel"
+            continue
+        tiles = dtype, seq_len, config.model.head_dim, torch.cuda.get_device_capability()
+        if config.parallel.tiled_attention and not masked and causal_attention.why_unsupported(*tiles) is None:
+            yield f"{where}: tiled kernels"
             continue
         windows = max(1, MOST_MICRO_BATCH_TOKENS // seq_len)
         lists = masked and dtype == torch.bfloat16 and seq_len > LONGEST_WINDOW

@@ -6,6 +6,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from yxanul_nemo.kernels import causal_attention
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.split_rope import split_rope
 from yxanul_nemo.kernels.window_attention import why_unsupported, window_attention
@@ -13,11 +14,15 @@ from yxanul_nemo.model.documents import hidden_tokens
 
 
 class WindowSelfAttention(SelfAttention):
-    """Windows that fit one tile go through `window_attention`, RoPE included; longer ones through `split_rope` and Transformer Engine.
+    """Windows that fit one tile go through `window_attention`, RoPE included; longer ones through `split_rope` and Transformer Engine or,
+    where `uses_tiles`, `causal_attention`.
 
     cuDNN's fused attention fails inside a CUDA graph below 128 tokens (illegal memory access; Transformer Engine 2.20, cuDNN 9.14), and
     unfused attention spends most of a step at these lengths on launches.
     """
+
+    uses_tiles = False
+    """`parallel.tiled_attention`."""
 
     def forward(
         self,
@@ -67,9 +72,9 @@ class WindowSelfAttention(SelfAttention):
         attention_mask: Tensor | None,
         packed_seq_params: PackedSeqParams | None,
     ) -> Tensor:
-        """Transformer Engine's attention of rotated queries to keys and values [T, B, their heads, head_dim] -> [T, B, heads x head_dim].
+        """Attention of rotated queries to keys and values [T, B, their heads, head_dim] -> [T, B, heads x head_dim].
 
-        Mask and documents are as in `forward`.
+        Mask and documents are as in `forward`; with either, it is Transformer Engine's.
         """
         if packed_seq_params is not None:
             out_NO = self.core_attention(
@@ -80,7 +85,15 @@ class WindowSelfAttention(SelfAttention):
             )
             return out_NO.unsqueeze(1)
         if attention_mask is None:
+            if self.uses_tiles and why_not_tiled(query) is None:
+                return causal_attention.causal_attention(query, key, value)
             return self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)
         # What the kernel does not take, FP32 above all, is left to unfused attention.
         mask = hidden_tokens(attention_mask)
         return self.core_attention(query, key, value, mask, attn_mask_type=AttnMaskType.arbitrary)
+
+
+def why_not_tiled(query: Tensor) -> str | None:
+    """Why `causal_attention` is not for these queries [T, B, heads, head_dim] on their GPU, or None."""
+    capability = torch.cuda.get_device_capability(query.device)
+    return causal_attention.why_unsupported(query.dtype, query.size(0), query.size(3), capability)

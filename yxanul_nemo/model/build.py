@@ -39,7 +39,14 @@ def build_model(
         logger.info(
             "FP8 layers: %s", f"Transformer Engine's modules, {modules_because}" if modules_because else "fused"
         )
-    built = YxanulGPT(model, config, vocab_size, layer_spec, fused_layers=modules_because is None)
+    built = YxanulGPT(
+        model,
+        config,
+        vocab_size,
+        layer_spec,
+        fused_layers=modules_because is None,
+        tiled_attention=parallel.tiled_attention and not precision.fp8_attention,
+    )
     if drawn:
         initialize(built, model, seed)
     return built.to(device)

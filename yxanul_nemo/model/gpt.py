@@ -28,6 +28,7 @@ class YxanulGPT(GPTModel):
         vocab_size: int,
         layer_spec: str,
         fused_layers: bool = False,
+        tiled_attention: bool = False,
     ):
         self.real_vocab_size = vocab_size
         self.model_shape = model
@@ -50,6 +51,9 @@ class YxanulGPT(GPTModel):
             from yxanul_nemo.model.fused_block import FusedBlock
 
             FusedBlock.take_over(self.decoder)
+        if self.with_te:
+            for layer in self.decoder.layers:
+                layer.self_attention.uses_tiles = tiled_attention
         built = sum(p.numel() for p in self.parameters())
         if config.tensor_model_parallel_size == 1:
             expected = parameter_count(model, self.vocab_size)

@@ -1,0 +1,143 @@
+"""Attention by tiles against torch's own in FP64: in FP32 with Triton's interpreter on a CPU, in BF16 on a GPU."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from tests.kernels.interpreter import run_interpreted
+from yxanul_nemo.kernels.causal_attention import (
+    BLOCK,
+    CAPABILITY,
+    HEAD_DIM,
+    LONGEST_WINDOW,
+    causal_attention,
+    why_unsupported,
+)
+from yxanul_nemo.kernels.heads import Heads
+
+YXANUL_197M = Heads(groups=2, heads_per_group=6, head_dim=64)
+ORDINARY, SURE = 1.0, 60.0
+"""Size of queries: at the second a key can be 2^500 times as likely as another, so that sums relative to a query's own tile overflow."""
+
+
+def inputs(seq_len, windows, heads, dtype, device, size=ORDINARY):
+    """Queries, keys, values and the gradient of the output."""
+    torch.manual_seed(seq_len)
+    n_heads = heads.groups * heads.heads_per_group
+    query, key, value = (
+        torch.randn(seq_len, windows, n, heads.head_dim, device=device) for n in (n_heads, heads.groups, heads.groups)
+    )
+    dout = torch.randn(seq_len, windows, heads.out_width, device=device).to(dtype)
+    return [x.to(dtype).requires_grad_() for x in (query * size, key, value)], dout
+
+
+def exact(query, key, value):
+    """torch's attention on repeated keys and values [T, B, heads, D]."""
+    repeats = query.size(2) // key.size(2)
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+
+
+def results(attention, given, dout):
+    """Output and the three gradients."""
+    out = attention(*given)
+    return [out.detach(), *torch.autograd.grad(out, given, dout)]
+
+
+def errors(seq_len, windows, heads, dtype, device, size=ORDINARY):
+    """Relative errors of output and gradients."""
+    given, dout = inputs(seq_len, windows, heads, dtype, device, size)
+    found = results(causal_attention, given, dout)
+    expected = results(exact, [x.detach().double().requires_grad_() for x in given], dout.double())
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+
+
+def test_the_kernels_equal_exact_attention_in_the_interpreter():
+    assert len(run_interpreted(__file__).split()) == 5
+
+
+def interpreted():
+    """Some lengths and shapes of heads; the last has keys that are far likelier than those of a query's own tile."""
+    cases = [
+        (1, 1, Heads(1, 1, 16), ORDINARY),
+        (2, 3, Heads(2, 3, 32), ORDINARY),
+        (3, 1, Heads(1, 2, 64), ORDINARY),
+        (4, 1, Heads(3, 1, 16), ORDINARY),
+    ]
+    for tiles, windows, heads, size in cases:
+        found = errors(tiles * BLOCK, windows, heads, torch.float32, "cpu", size)
+        assert max(found) < 1e-5, (tiles, heads, found)
+        print(tiles)
+    # Gradients through a softmax that is all but certain are differences of almost equal numbers.
+    found = errors(3 * BLOCK, 1, Heads(1, 2, 16), torch.float32, "cpu", SURE)
+    assert found[0] < 1e-5 and max(found) < 1e-2, found
+    print(SURE)
+
+
+def test_a_query_that_is_surer_of_far_keys_than_any_sum_holds_is_summed_again():
+    """What the interpreter's last case relies on: without that, its sums would be infinite."""
+    (query, key, _), _ = inputs(3 * BLOCK, 1, Heads(1, 2, 16), torch.float32, "cpu", SURE)
+    score_HTT = torch.einsum("tbhd,sbgd->hts", query, key).detach() * 16**-0.5 * torch.log2(torch.tensor(torch.e))
+    before = score_HTT[:, 2 * BLOCK :, : 2 * BLOCK].amax(dim=-1)
+    own = torch.stack(
+        [score_HTT[:, 2 * BLOCK + i, 2 * BLOCK : 2 * BLOCK + i + 1].amax(dim=-1) for i in range(BLOCK)], -1
+    )
+    assert (before - own).max() > 128 + 64
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"dtype": torch.float16}, "float16"),
+        ({"seq_len": 100}, "100 tokens"),
+        ({"seq_len": LONGEST_WINDOW + BLOCK}, f"{LONGEST_WINDOW + BLOCK} tokens"),
+        ({"head_dim": 128}, "128"),
+        ({"capability": (8, 9)}, "8.9"),
+        ({"capability": (12, 0)}, "12.0"),
+    ],
+)
+def test_others_are_left_to_transformer_engine(changed, named):
+    fitting = {"dtype": torch.bfloat16, "seq_len": 256, "head_dim": HEAD_DIM, "capability": (CAPABILITY, 0)}
+    assert why_unsupported(**fitting) is None
+    assert named in why_unsupported(**fitting | changed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seq_len", [64, 192, 256, 512, 768, 1024, 2048])
+def test_bf16_follows_exact_attention(seq_len):
+    """Probabilities and their gradients are rounded to BF16 once, before products."""
+    found = errors(seq_len, 2, YXANUL_197M, torch.bfloat16, "cuda")
+    assert max(found) < 6e-3, found
+
+
+@pytest.mark.gpu
+def test_likelier_keys_in_bf16():
+    found = errors(512, 2, YXANUL_197M, torch.bfloat16, "cuda", SURE)
+    assert found[0] < 1e-2 and all(torch.tensor(found).isfinite()), found
+
+
+@pytest.mark.gpu
+def test_repeated_results_are_equal_bit_by_bit_also_in_a_graph():
+    given, dout = inputs(256, 64, YXANUL_197M, torch.bfloat16, "cuda")
+    once = results(causal_attention, given, dout)
+    again = results(causal_attention, given, dout)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        captured = results(causal_attention, given, dout)
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b, c in zip(once, again, captured, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.gpu
+def test_a_nan_stays_one():
+    (query, key, value), _ = inputs(128, 1, YXANUL_197M, torch.bfloat16, "cuda")
+    with torch.no_grad():
+        query[100, 0, 3] = float("nan")
+        out_TBO = causal_attention(query, key, value).view(128, 1, 12, 64)
+    assert out_TBO[100, 0, 3].isnan().all() and out_TBO.isnan().sum() == 64

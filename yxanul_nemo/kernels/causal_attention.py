@@ -1,0 +1,131 @@
+"""Causal grouped-query attention of whole windows that are too long for one tile, forward and backward.
+
+cuDNN's backward pass (9.14) sums the gradients of queries in FP32 in memory, rounds them afterwards, and adds those of keys and values up
+over the heads that share them in further passes: a fixed cost per token, as large at 256 tokens as all products there. Here one kernel has
+the gradients of queries and one those of keys and values, which goes through all the heads that share them in one loop. Both compute the
+scores again, seven products in all where cuDNN needs five, and write each gradient once. Every sum has a fixed order, so results repeat
+to the last bit. After FlashAttention-2 (arXiv:2307.08691) but for the forward pass's running maximum, which it does without.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from yxanul_nemo.kernels.causal_attention_kernels import (
+    forward_kernel,
+    key_value_gradients_kernel,
+    query_gradient_kernel,
+)
+
+BLOCK = 64
+"""Tokens of a tile; windows are whole numbers of them."""
+LONGEST_WINDOW = 2048
+"""At 256 to 1024 tokens these kernels are faster than cuDNN's, at 2048 about equal (LOG.md); the longer a window, the more the two products
+count that cuDNN saves."""
+HEAD_DIM = 64
+"""Width of a head that their tiles are chosen for."""
+CAPABILITY = 9
+"""Major compute capability (Hopper) on which they were measured."""
+KEY_VALUE_REGISTERS = 168
+"""Of a thread, so that three programs fit on a multiprocessor, which saves 8% of the kernel's time (LOG.md)."""
+
+
+def why_unsupported(dtype: torch.dtype, seq_len: int, head_dim: int, capability: tuple[int, int]) -> str | None:
+    """Why these kernels are not for such queries, or None if they are."""
+    if capability[0] != CAPABILITY:
+        return f"the GPU has compute capability {capability[0]}.{capability[1]}, not {CAPABILITY}"
+    if dtype != torch.bfloat16:
+        return f"queries are {dtype}, not torch.bfloat16"
+    if head_dim != HEAD_DIM:
+        return f"the head dimension is {head_dim}, not {HEAD_DIM}"
+    if seq_len % BLOCK or seq_len > LONGEST_WINDOW:
+        return f"windows of {seq_len} tokens are not a multiple of {BLOCK} up to {LONGEST_WINDOW}"
+    return None
+
+
+def causal_attention(q_TBHD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor) -> Tensor:
+    """Attention of each window's tokens to themselves and what is before them; scores are scaled by 1 / sqrt(head_dim).
+
+    Args:
+        q_TBHD: [tokens, windows, query heads, head_dim] BF16; as `why_unsupported` has it, and FP32 in Triton's interpreter.
+        k_TBGD, v_TBGD: [tokens, windows, groups, head_dim]; query head h sees those of group h // (query heads / groups).
+
+    Returns:
+        [tokens, windows, query heads x head_dim] in the dtype of the input.
+    """
+    seq_len, _, heads, head_dim = q_TBHD.shape
+    assert seq_len % BLOCK == 0 and heads % k_TBGD.size(2) == 0
+    assert k_TBGD.shape == v_TBGD.shape == (*q_TBHD.shape[:2], k_TBGD.size(2), head_dim)
+    return _CausalAttention.apply(q_TBHD, k_TBGD, v_TBGD)
+
+
+class _Launch(NamedTuple):
+    """How the kernels are started."""
+
+    seq_len: int
+    windows: int
+    heads: int
+    groups: int
+    head_dim: int
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    @property
+    def exponent(self) -> float:
+        """Of 2, so that its power is e to the scaled score."""
+        return self.scale * math.log2(math.e)
+
+    def grid(self, heads: int) -> tuple[int]:
+        """A program for each tile of each of so many heads."""
+        return (self.seq_len // BLOCK * self.windows * heads,)
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"per_group": self.heads // self.groups, "WIDTH": self.head_dim, "BLOCK": BLOCK, "num_warps": 4}
+
+
+class _CausalAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, q_TBHD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q_TBHD, k_TBGD, v_TBGD))
+        launch = _Launch(*q.shape[:3], k.size(2), q.size(3))
+        out = torch.empty_like(q)
+        lse = q.new_empty(launch.windows * launch.heads, launch.seq_len, dtype=torch.float32)
+        forward_kernel[launch.grid(launch.heads)](
+            *map(_tiles, (q, k, v, out)), lse, launch.seq_len, launch.exponent, **launch.constants, num_stages=3
+        )
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.launch = launch
+        return out.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TBO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, lse = ctx.saved_tensors
+        launch: _Launch = ctx.launch
+        dout = dout_TBO.contiguous().view_as(q)
+        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+        sizes = (launch.seq_len, launch.exponent, launch.scale)
+        query_gradient_kernel[launch.grid(launch.heads)](
+            *map(_tiles, (q, k, v, out, dout, dq)), lse, delta, *sizes, **launch.constants, num_stages=2
+        )
+        key_value_gradients_kernel[launch.grid(launch.groups)](
+            *map(_tiles, (q, k, v, dout, dk, dv)),
+            lse,
+            delta,
+            *sizes,
+            **launch.constants,
+            num_stages=3,
+            maxnreg=KEY_VALUE_REGISTERS,
+        )
+        return dq, dk, dv
+
+
+def _tiles(x_TBHD: Tensor) -> TensorDescriptor:
+    return TensorDescriptor.from_tensor(x_TBHD.flatten(1), [BLOCK, x_TBHD.size(3)])

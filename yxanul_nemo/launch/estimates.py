@@ -30,8 +30,8 @@ BF16_TOKENS_PER_SECOND_AT_16384 = 258.4e3
 MODULES_SHARE = 0.945
 """Of the speed of fused layers, with Transformer Engine's modules in FP8: 0.937 to 0.946 at 128, 512 and 2048 tokens (2026-11-26)."""
 H200_SHARE = 1 / 0.92
-"""Of an H100's speed: the H100 had 0.89 to 0.93 of an H200's at the lengths of the h100 curriculum (2026-11-25 against 2026-11-23). Both
-have the same peak; the H100's memory is slower."""
+"""Of an H100's speed: the H100 had 0.90 to 0.93 of an H200's at the lengths of the h100 curriculum (2026-11-26). Both have the same peak;
+the H100's memory is slower."""
 FP32_SHARE_OF_PEAK = 0.5
 """Assumed of a GPU in FP32; not measured."""
 CPU_FLOPS_PER_SECOND_PER_CORE = 40e9

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from tests.kernels.compiling import compile_for_hopper
 from tests.kernels.interpreter import run_interpreted
+from tests.kernels.test_window_attention import random_starts
 from yxanul_nemo.kernels.causal_attention import (
     BLOCK,
     CAPABILITY,
@@ -14,9 +16,18 @@ from yxanul_nemo.kernels.causal_attention import (
     causal_attention,
     why_unsupported,
 )
+from yxanul_nemo.kernels.causal_attention_kernels import (
+    forward_kernel,
+    key_value_gradients_kernel,
+    query_gradient_kernel,
+)
 from yxanul_nemo.kernels.heads import Heads
 
 YXANUL_197M = Heads(groups=2, heads_per_group=6, head_dim=64)
+TILE = f"tensordesc<bf16[{BLOCK}, {HEAD_DIM}]>"
+TYPES = {
+    "starts": "*i32", "last_tile": "*i32", "lse": "*fp32", "delta": "*fp32", "seq_len": "i32", "exponent": "fp32", "scale": "fp32",
+}  # fmt: skip
 ORDINARY, SURE = 1.0, 60.0
 """Size of queries: at the second a key can be 2^500 times as likely as another, so that sums relative to a query's own tile overflow."""
 
@@ -32,43 +43,53 @@ def inputs(seq_len, windows, heads, dtype, device, size=ORDINARY):
     return [x.to(dtype).requires_grad_() for x in (query * size, key, value)], dout
 
 
-def exact(query, key, value):
+def exact(query, key, value, starts_BT=None):
     """torch's attention on repeated keys and values [T, B, heads, D]."""
+    place_T = torch.arange(query.size(0), device=query.device)
+    visible = place_T <= place_T[:, None]
+    if starts_BT is not None:
+        visible = visible & (place_T >= starts_BT[:, None, :, None])
     repeats = query.size(2) // key.size(2)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
     key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).permute(2, 0, 1, 3).flatten(2)
 
 
-def results(attention, given, dout):
+def results(attention, given, dout, starts_BT=None):
     """Output and the three gradients."""
-    out = attention(*given)
+    out = attention(*given, starts_BT)
     return [out.detach(), *torch.autograd.grad(out, given, dout)]
 
 
-def errors(seq_len, windows, heads, dtype, device, size=ORDINARY):
-    """Relative errors of output and gradients."""
+def errors(seq_len, windows, heads, dtype, device, size=ORDINARY, documents=None):
+    """Relative errors of output and gradients; with documents of about a `documents`-th of a window, of attention inside them."""
     given, dout = inputs(seq_len, windows, heads, dtype, device, size)
-    found = results(causal_attention, given, dout)
-    expected = results(exact, [x.detach().double().requires_grad_() for x in given], dout.double())
+    starts_BT = None if documents is None else random_starts(seq_len, windows, device, documents)
+    found = results(causal_attention, given, dout, starts_BT)
+    expected = results(exact, [x.detach().double().requires_grad_() for x in given], dout.double(), starts_BT)
     return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
 
 
 def test_the_kernels_equal_exact_attention_in_the_interpreter():
-    assert len(run_interpreted(__file__).split()) == 5
+    assert len(run_interpreted(__file__).split()) == 9
 
 
 def interpreted():
     """Some lengths and shapes of heads; the last has keys that are far likelier than those of a query's own tile."""
     cases = [
-        (1, 1, Heads(1, 1, 16), ORDINARY),
-        (2, 3, Heads(2, 3, 32), ORDINARY),
-        (3, 1, Heads(1, 2, 64), ORDINARY),
-        (4, 1, Heads(3, 1, 16), ORDINARY),
+        (1, 1, Heads(1, 1, 16), None),
+        (2, 3, Heads(2, 3, 32), None),
+        (3, 1, Heads(1, 2, 64), None),
+        (4, 1, Heads(3, 1, 16), None),
+        # No boundary but the window's, some, and tiles whose keys no later tile sees.
+        (3, 2, Heads(1, 2, 16), 0),
+        (4, 2, Heads(2, 1, 16), 3),
+        (5, 1, Heads(1, 2, 16), 10),
+        (3, 2, Heads(2, 1, 16), 100),
     ]
-    for tiles, windows, heads, size in cases:
-        found = errors(tiles * BLOCK, windows, heads, torch.float32, "cpu", size)
-        assert max(found) < 1e-5, (tiles, heads, found)
+    for tiles, windows, heads, documents in cases:
+        found = errors(tiles * BLOCK, windows, heads, torch.float32, "cpu", documents=documents)
+        assert max(found) < 1e-5, (tiles, heads, documents, found)
         print(tiles)
     # Gradients through a softmax that is all but certain are differences of almost equal numbers.
     found = errors(3 * BLOCK, 1, Heads(1, 2, 16), torch.float32, "cpu", SURE)
@@ -85,6 +106,17 @@ def test_a_query_that_is_surer_of_far_keys_than_any_sum_holds_is_summed_again():
         [score_HTT[:, 2 * BLOCK + i, 2 * BLOCK : 2 * BLOCK + i + 1].amax(dim=-1) for i in range(BLOCK)], -1
     )
     assert (before - own).max() > 128 + 64
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("kernel", [forward_kernel, query_gradient_kernel, key_value_gradients_kernel])
+def test_they_compile_for_a_hopper_gpu(kernel, documents):
+    types = {name: TYPES.get(name, TILE) for name in kernel.arg_names if name in TYPES or name.endswith("_desc")}
+    constants = {"heads": 12, "per_group": 6, "WIDTH": HEAD_DIM, "BLOCK": BLOCK}
+    if not documents:
+        constants |= {name: None for name in ("starts", "last_tile") if types.pop(name, None)}
+    compiled = compile_for_hopper(kernel, types, constants, num_warps=4, num_stages=2)
+    assert "wgmma" in compiled.asm["ptx"], "products are Hopper's own"
 
 
 @pytest.mark.parametrize(
@@ -109,6 +141,14 @@ def test_others_are_left_to_transformer_engine(changed, named):
 def test_bf16_follows_exact_attention(seq_len):
     """Probabilities and their gradients are rounded to BF16 once, before products."""
     found = errors(seq_len, 2, YXANUL_197M, torch.bfloat16, "cuda")
+    assert max(found) < 6e-3, found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("documents", [0, 4, 100])
+@pytest.mark.parametrize("seq_len", [192, 512, 2048])
+def test_bf16_inside_documents_follows_exact_attention(seq_len, documents):
+    found = errors(seq_len, 2, YXANUL_197M, torch.bfloat16, "cuda", documents=documents)
     assert max(found) < 6e-3, found
 
 

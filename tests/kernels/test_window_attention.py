@@ -22,9 +22,9 @@ def angles(seq_len, head_dim, device="cpu"):
     return torch.cat((angles_TH, angles_TH), dim=-1)
 
 
-def random_starts(seq_len, batch_size, device="cpu"):
-    """Documents of about a third of a window, some of a single token: the first token that each token sees [windows, tokens]."""
-    begins = torch.rand(batch_size, seq_len, device=device) < 3 / seq_len
+def random_starts(seq_len, batch_size, device="cpu", documents=3):
+    """So many documents in a window, about, some of a single token: the first token that each token sees [windows, tokens]."""
+    begins = torch.rand(batch_size, seq_len, device=device) < documents / seq_len
     place_T = torch.arange(seq_len, dtype=torch.int32, device=device)
     return torch.where(begins, place_T, 0).cummax(dim=1).values
 

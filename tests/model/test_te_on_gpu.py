@@ -22,12 +22,17 @@ LENGTHS = (8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048)
 
 
 def build(
-    precision: str, spec: str = "te", device: str = "cuda", op_fuser: bool = True, seq_len: int = 256
+    precision: str,
+    spec: str = "te",
+    device: str = "cuda",
+    op_fuser: bool = True,
+    seq_len: int = 256,
+    tiled_attention: bool = False,
 ) -> YxanulGPT:
     # Megatron-core writes its choice of attention into these and refuses another one in the same process.
     for variable in ("NVTE_FLASH_ATTN", "NVTE_FUSED_ATTN", "NVTE_UNFUSED_ATTN"):
         os.environ.pop(variable, None)
-    parallel = ParallelConfig(device=device, layer_spec=spec, op_fuser=op_fuser)
+    parallel = ParallelConfig(device=device, layer_spec=spec, op_fuser=op_fuser, tiled_attention=tiled_attention)
     return build_model(SHAPE, VOCAB, PrecisionConfig(name=precision), parallel, seed=1, seq_len=seq_len)
 
 
@@ -58,6 +63,15 @@ def test_torch_layers_on_the_gpu_equal_those_on_the_cpu(reference: YxanulGPT) ->
 def test_bf16_logits_and_gradients_follow_fp32(reference: YxanulGPT, seq_len: int, op_fuser: bool) -> None:
     model = build("bf16", op_fuser=op_fuser, seq_len=seq_len)
     assert_follows(model, reference, *batch(seq_len))
+
+
+@pytest.mark.parametrize("seq_len", [256, 768, 2048])
+def test_attention_by_tiles_follows_fp32(reference: YxanulGPT, seq_len: int) -> None:
+    assert_follows(build("bf16", seq_len=seq_len, tiled_attention=True), reference, *batch(seq_len))
+    ids_BT, labels_BT, documents = batch_of_documents(seq_len)
+    model = build("bf16", seq_len=seq_len, tiled_attention=True)
+    assert not model.lists_documents(seq_len), "they are a mask"
+    assert_follows(model, reference, ids_BT, labels_BT, documents)
 
 
 def assert_follows(

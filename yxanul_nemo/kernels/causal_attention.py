@@ -1,4 +1,4 @@
-"""Causal grouped-query attention of whole windows that are too long for one tile, forward and backward.
+"""Causal grouped-query attention in windows that are too long for one tile, forward and backward.
 
 cuDNN's backward pass (9.14) sums the gradients of queries in FP32 in memory, rounds them afterwards, and adds those of keys and values up
 over the heads that share them in further passes: a fixed cost per token, as large at 256 tokens as all products there. Here one kernel has
@@ -47,12 +47,14 @@ def why_unsupported(dtype: torch.dtype, seq_len: int, head_dim: int, capability:
     return None
 
 
-def causal_attention(q_TBHD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor) -> Tensor:
+def causal_attention(q_TBHD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
     """Attention of each window's tokens to themselves and what is before them; scores are scaled by 1 / sqrt(head_dim).
 
     Args:
         q_TBHD: [tokens, windows, query heads, head_dim] BF16; as `why_unsupported` has it, and FP32 in Triton's interpreter.
         k_TBGD, v_TBGD: [tokens, windows, groups, head_dim]; query head h sees those of group h // (query heads / groups).
+        starts_BT: the first token of its window that each token sees [windows, tokens] int32, at most its own place and never less than
+            that of the token before (`model.documents.document_starts`); None: 0 for all.
 
     Returns:
         [tokens, windows, query heads x head_dim] in the dtype of the input.
@@ -60,7 +62,8 @@ def causal_attention(q_TBHD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor) -> Tensor:
     seq_len, _, heads, head_dim = q_TBHD.shape
     assert seq_len % BLOCK == 0 and heads % k_TBGD.size(2) == 0
     assert k_TBGD.shape == v_TBGD.shape == (*q_TBHD.shape[:2], k_TBGD.size(2), head_dim)
-    return _CausalAttention.apply(q_TBHD, k_TBGD, v_TBGD)
+    assert starts_BT is None or starts_BT.shape == (q_TBHD.size(1), seq_len)
+    return _CausalAttention.apply(q_TBHD, k_TBGD, v_TBGD, starts_BT)
 
 
 class _Launch(NamedTuple):
@@ -87,44 +90,60 @@ class _Launch(NamedTuple):
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"per_group": self.heads // self.groups, "WIDTH": self.head_dim, "BLOCK": BLOCK, "num_warps": 4}
+        return {
+            "heads": self.heads,
+            "per_group": self.heads // self.groups,
+            "WIDTH": self.head_dim,
+            "BLOCK": BLOCK,
+            "num_warps": 4,
+        }
 
 
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, q_TBHD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor) -> Tensor:
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        q_TBHD: Tensor,
+        k_TBGD: Tensor,
+        v_TBGD: Tensor,
+        starts_BT: Tensor | None,
+    ) -> Tensor:
         q, k, v = (x.contiguous() for x in (q_TBHD, k_TBGD, v_TBGD))
+        starts = None if starts_BT is None else starts_BT.contiguous()
         launch = _Launch(*q.shape[:3], k.size(2), q.size(3))
         out = torch.empty_like(q)
         lse = q.new_empty(launch.windows * launch.heads, launch.seq_len, dtype=torch.float32)
         forward_kernel[launch.grid(launch.heads)](
-            *map(_tiles, (q, k, v, out)), lse, launch.seq_len, launch.exponent, **launch.constants, num_stages=3
+            *map(_tiles, (q, k, v, out)), starts, lse, launch.seq_len, launch.exponent, **launch.constants, num_stages=3
         )
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(q, k, v, out, lse, starts)
         ctx.launch = launch
         return out.flatten(2)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TBO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, lse = ctx.saved_tensors
+    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TBO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse, starts = ctx.saved_tensors
         launch: _Launch = ctx.launch
         dout = dout_TBO.contiguous().view_as(q)
         dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
         sizes = (launch.seq_len, launch.exponent, launch.scale)
         query_gradient_kernel[launch.grid(launch.heads)](
-            *map(_tiles, (q, k, v, out, dout, dq)), lse, delta, *sizes, **launch.constants, num_stages=2
+            *map(_tiles, (q, k, v, out, dout, dq)), starts, lse, delta, *sizes, **launch.constants, num_stages=2
         )
+        last_tile = None if starts is None else _last_tile(starts)
         key_value_gradients_kernel[launch.grid(launch.groups)](
-            *map(_tiles, (q, k, v, dout, dk, dv)),
-            lse,
-            delta,
-            *sizes,
-            **launch.constants,
-            num_stages=3,
-            maxnreg=KEY_VALUE_REGISTERS,
-        )
-        return dq, dk, dv
+            *map(_tiles, (q, k, v, dout, dk, dv)), starts, last_tile, lse, delta, *sizes, **launch.constants,
+            num_stages=3, maxnreg=KEY_VALUE_REGISTERS,
+        )  # fmt: skip
+        return dq, dk, dv, None
+
+
+def _last_tile(starts_BT: Tensor) -> Tensor:
+    """The last tile of queries that see one of the keys of each tile [B, tiles] int32."""
+    last_key = torch.arange(BLOCK - 1, starts_BT.size(1), BLOCK, dtype=torch.int32, device=starts_BT.device)
+    queries = torch.searchsorted(starts_BT, last_key.expand(starts_BT.size(0), -1).contiguous(), right=True)
+    return ((queries - 1) // BLOCK).int()
 
 
 def _tiles(x_TBHD: Tensor) -> TensorDescriptor:

@@ -2,7 +2,9 @@
 
 Letters: M queries of a tile and N keys and values of one, BLOCK each; D a head's width. Descriptors see [tokens, windows x heads x D],
 heads counted through all windows, so that the tile of a head begins at column head x D; keys and values likewise. Scores are scaled by
-`exponent` and 2 is raised to them; `lse` [windows x heads, tokens] FP32 is the base-2 logarithm of the sum over a query's keys.
+`exponent` and 2 is raised to them; `lse` [windows x heads, tokens] FP32 is the base-2 logarithm of the sum over a query's keys. `starts`
+[windows, tokens] int32 is the first token that each token sees, which never falls from one to the next (None: 0 for all); tiles that no
+query of a tile sees are left out.
 """
 
 import triton
@@ -23,12 +25,20 @@ def _tile(tiles):
 
 
 @triton.jit
-def _scores(q_MD, k_ND, m, n, exponent, MASKED: tl.constexpr, BLOCK: tl.constexpr):
-    """Scaled scores of queries from m on and keys from n on; with MASKED, -inf where a key comes after the query."""
+def _first_seen(starts, head, m, seq_len, heads: tl.constexpr, BLOCK: tl.constexpr):
+    """The first token that each query of a tile sees."""
+    return tl.load(starts + head // heads * seq_len + m + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def _scores(q_MD, k_ND, m, n, start_M, exponent, IS_OWN: tl.constexpr, BLOCK: tl.constexpr):
+    """Scaled scores of queries from m on and keys from n on, -inf where a query does not see a key. IS_OWN: keys may come after it."""
+    place = tl.arange(0, BLOCK)
     score_MN = tl.dot(q_MD, k_ND.T) * exponent
-    if MASKED:
-        place = tl.arange(0, BLOCK)
+    if IS_OWN:
         score_MN = tl.where(place[:, None] - place[None, :] >= n - m, score_MN, float("-inf"))
+    if start_M is not None:
+        score_MN = tl.where(n + place[None, :] >= start_M[:, None], score_MN, float("-inf"))
     return score_MN
 
 
@@ -41,32 +51,37 @@ def _add_tile(score_MN, v_ND, reference_M, sum_M, out_MD):
 
 @triton.jit
 def forward_kernel(
-    q_desc, k_desc, v_desc, out_desc, lse, seq_len, exponent, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    q_desc, k_desc, v_desc, out_desc, starts, lse, seq_len, exponent,
+    heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: a tile of queries of one head. Those with most keys come first."""
     tiles = seq_len // BLOCK
     head, place = _tile(tiles)
     m, column = (tiles - 1 - place) * BLOCK, head // per_group * WIDTH
+    start_M, first = None, 0
+    if starts is not None:
+        start_M = _first_seen(starts, head, m, seq_len, heads, BLOCK)
+        first = tl.min(start_M, 0) // BLOCK * BLOCK
     q_MD = q_desc.load([m, head * WIDTH])
     reference_M, sum_M = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     out_MD = tl.zeros([BLOCK, WIDTH], tl.float32)
     # Once around; as a loop it shares its shared memory with the next.
     for n in tl.range(m, m + BLOCK, BLOCK):
-        score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, exponent, True, BLOCK)
+        score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, start_M, exponent, True, BLOCK)
         reference_M = tl.max(score_MN, 1) + HEADROOM
         sum_M, out_MD = _add_tile(score_MN, v_desc.load([n, column]), reference_M, sum_M, out_MD)
-    for n in tl.range(0, m, BLOCK):
-        score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, exponent, False, BLOCK)
+    for n in tl.range(first, m, BLOCK):
+        score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, start_M, exponent, False, BLOCK)
         sum_M, out_MD = _add_tile(score_MN, v_desc.load([n, column]), reference_M, sum_M, out_MD)
     # Written so that NaN, too, counts as past the limit.
     if tl.max(tl.where(sum_M < SUM_LIMIT, 0, 1), 0) > 0:
         reference_M = tl.full([BLOCK], float("-inf"), tl.float32)
-        for n in tl.range(0, m + BLOCK, BLOCK):
-            score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, exponent, True, BLOCK)
+        for n in tl.range(first, m + BLOCK, BLOCK):
+            score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, start_M, exponent, True, BLOCK)
             reference_M = tl.maximum(reference_M, tl.max(score_MN, 1))
         sum_M, out_MD = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
-        for n in tl.range(0, m + BLOCK, BLOCK):
-            score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, exponent, True, BLOCK)
+        for n in tl.range(first, m + BLOCK, BLOCK):
+            score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, start_M, exponent, True, BLOCK)
             sum_M, out_MD = _add_tile(score_MN, v_desc.load([n, column]), reference_M, sum_M, out_MD)
     tl.store(lse + head * seq_len + m + tl.arange(0, BLOCK), reference_M + tl.log2(sum_M))
     out_desc.store([m, head * WIDTH], (out_MD / sum_M[:, None]).to(q_MD.dtype))
@@ -74,10 +89,10 @@ def forward_kernel(
 
 @triton.jit
 def _add_to_query_gradient(
-    q_MD, dout_MD, k_desc, v_desc, m, n, column, lse_M, delta_M, dq_MD, exponent, MASKED: tl.constexpr, BLOCK: tl.constexpr
+    q_MD, dout_MD, k_desc, v_desc, m, n, column, start_M, lse_M, delta_M, dq_MD, exponent, IS_OWN: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     k_ND = k_desc.load([n, column])
-    p_MN = tl.exp2(_scores(q_MD, k_ND, m, n, exponent, MASKED, BLOCK) - lse_M[:, None])
+    p_MN = tl.exp2(_scores(q_MD, k_ND, m, n, start_M, exponent, IS_OWN, BLOCK) - lse_M[:, None])
     dp_MN = tl.dot(dout_MD, v_desc.load([n, column]).T)
     ds_MN = p_MN * (dp_MN - delta_M[:, None])
     return tl.dot(ds_MN.to(k_ND.dtype), k_ND, dq_MD)
@@ -85,13 +100,17 @@ def _add_to_query_gradient(
 
 @triton.jit
 def query_gradient_kernel(
-    q_desc, k_desc, v_desc, out_desc, dout_desc, dq_desc, lse, delta, seq_len, exponent, scale,
-    per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    q_desc, k_desc, v_desc, out_desc, dout_desc, dq_desc, starts, lse, delta, seq_len, exponent, scale,
+    heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Same programs as `forward_kernel`. Leaves the sum of dout x out of each query in `delta`, which is shaped as `lse`."""
     tiles = seq_len // BLOCK
     head, place = _tile(tiles)
     m, column = (tiles - 1 - place) * BLOCK, head // per_group * WIDTH
+    start_M, first = None, 0
+    if starts is not None:
+        start_M = _first_seen(starts, head, m, seq_len, heads, BLOCK)
+        first = tl.min(start_M, 0) // BLOCK * BLOCK
     dout_MD = dout_desc.load([m, head * WIDTH])
     delta_M = tl.sum(dout_MD.to(tl.float32) * out_desc.load([m, head * WIDTH]).to(tl.float32), 1)
     at_M = head * seq_len + m + tl.arange(0, BLOCK)
@@ -99,21 +118,21 @@ def query_gradient_kernel(
     lse_M = tl.load(lse + at_M)
     q_MD = q_desc.load([m, head * WIDTH])
     dq_MD = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for n in tl.range(0, m, BLOCK):
+    for n in tl.range(first, m, BLOCK):
         dq_MD = _add_to_query_gradient(
-            q_MD, dout_MD, k_desc, v_desc, m, n, column, lse_M, delta_M, dq_MD, exponent, False, BLOCK
+            q_MD, dout_MD, k_desc, v_desc, m, n, column, start_M, lse_M, delta_M, dq_MD, exponent, False, BLOCK
         )
     for n in tl.range(m, m + BLOCK, BLOCK):
         dq_MD = _add_to_query_gradient(
-            q_MD, dout_MD, k_desc, v_desc, m, n, column, lse_M, delta_M, dq_MD, exponent, True, BLOCK
+            q_MD, dout_MD, k_desc, v_desc, m, n, column, start_M, lse_M, delta_M, dq_MD, exponent, True, BLOCK
         )
     dq_desc.store([m, head * WIDTH], (dq_MD * scale).to(q_MD.dtype))
 
 
 @triton.jit
 def _add_to_key_value_gradients(
-    k_ND, v_ND, q_desc, dout_desc, lse, delta, head, m, dk_ND, dv_ND, seq_len, exponent,
-    IS_DIAGONAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    k_ND, v_ND, q_desc, dout_desc, starts, lse, delta, head, m, n, dk_ND, dv_ND, seq_len, exponent,
+    IS_OWN: tl.constexpr, heads: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     place = tl.arange(0, BLOCK)
     q_MD = q_desc.load([m, head * WIDTH])
@@ -121,8 +140,11 @@ def _add_to_key_value_gradients(
     lse_M = tl.load(lse + head * seq_len + m + place)
     delta_M = tl.load(delta + head * seq_len + m + place)
     p_NM = tl.exp2(tl.dot(k_ND, q_MD.T) * exponent - lse_M[None, :])
-    if IS_DIAGONAL:
+    if IS_OWN:
         p_NM = tl.where(place[None, :] >= place[:, None], p_NM, 0.0)
+    if starts is not None:
+        start_M = _first_seen(starts, head, m, seq_len, heads, BLOCK)
+        p_NM = tl.where(n + place[:, None] >= start_M[None, :], p_NM, 0.0)
     dv_ND = tl.dot(p_NM.to(dout_MD.dtype), dout_MD, dv_ND)
     ds_NM = p_NM * (tl.dot(v_ND, dout_MD.T) - delta_M[None, :])
     return tl.dot(ds_NM.to(q_MD.dtype), q_MD, dk_ND), dv_ND
@@ -130,10 +152,13 @@ def _add_to_key_value_gradients(
 
 @triton.jit
 def key_value_gradients_kernel(
-    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, lse, delta, seq_len, exponent, scale,
-    per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, starts, last_tile, lse, delta, seq_len, exponent, scale,
+    heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of keys and values, and all queries that see them, of all heads of the group. `delta` is there already."""
+    """One program: a tile of keys and values, and all queries that see them, of all heads of the group. `delta` is there already.
+
+    last_tile: number of the last tile of queries that see one of these keys [windows, tiles] int32; None with `starts`.
+    """
     tiles = seq_len // BLOCK
     group, place = _tile(tiles)
     n, first_head = place * BLOCK, group * per_group
@@ -142,14 +167,18 @@ def key_value_gradients_kernel(
     dk_ND, dv_ND = tl.zeros([BLOCK, WIDTH], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
     for i in tl.range(0, per_group):
         dk_ND, dv_ND = _add_to_key_value_gradients(
-            k_ND, v_ND, q_desc, dout_desc, lse, delta, first_head + i, n, dk_ND, dv_ND, seq_len, exponent, True, WIDTH, BLOCK
+            k_ND, v_ND, q_desc, dout_desc, starts, lse, delta, first_head + i, n, n, dk_ND, dv_ND, seq_len, exponent,
+            True, heads, WIDTH, BLOCK,
         )  # fmt: skip
     # One loop over heads and tiles, because a loop's first loads are waited for.
     later = tiles - 1 - place
+    if last_tile is not None:
+        later = tl.load(last_tile + group // (heads // per_group) * tiles + place) - place
     for i in tl.range(0, per_group * later):
         head, m = first_head + i // later, n + (1 + i % later) * BLOCK
         dk_ND, dv_ND = _add_to_key_value_gradients(
-            k_ND, v_ND, q_desc, dout_desc, lse, delta, head, m, dk_ND, dv_ND, seq_len, exponent, False, WIDTH, BLOCK
+            k_ND, v_ND, q_desc, dout_desc, starts, lse, delta, head, m, n, dk_ND, dv_ND, seq_len, exponent,
+            False, heads, WIDTH, BLOCK,
         )  # fmt: skip
     dk_desc.store([n, group * WIDTH], (dk_ND * scale).to(k_ND.dtype))
     dv_desc.store([n, group * WIDTH], dv_ND.to(v_ND.dtype))

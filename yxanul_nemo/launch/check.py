@@ -84,8 +84,8 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
     """Which attention Transformer Engine takes at each sequence length of the recipe."""
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
-    from yxanul_nemo.kernels import causal_attention
     from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW, why_unsupported
+    from yxanul_nemo.model.attention import why_not_tiled
 
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
     trained = {phase.seq_len for phase in config.curriculum.phases}
@@ -96,8 +96,7 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
         if why_unsupported(dtype, seq_len, config.model.head_dim) is None:
             yield f"{where}: window kernel"
             continue
-        tiles = dtype, seq_len, config.model.head_dim, torch.cuda.get_device_capability()
-        if config.parallel.tiled_attention and not masked and causal_attention.why_unsupported(*tiles) is None:
+        if config.parallel.tiled_attention and why_not_tiled(dtype, seq_len, config.model.head_dim) is None:
             yield f"{where}: tiled kernels"
             continue
         windows = max(1, MOST_MICRO_BATCH_TOKENS // seq_len)

@@ -6,7 +6,8 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
-from yxanul_nemo.kernels import causal_attention
+from yxanul_nemo.kernels.causal_attention import causal_attention
+from yxanul_nemo.kernels.causal_attention import why_unsupported as why_tiles_cannot
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.split_rope import split_rope
 from yxanul_nemo.kernels.window_attention import why_unsupported, window_attention
@@ -74,7 +75,7 @@ class WindowSelfAttention(SelfAttention):
     ) -> Tensor:
         """Attention of rotated queries to keys and values [T, B, their heads, head_dim] -> [T, B, heads x head_dim].
 
-        Mask and documents are as in `forward`; with either, it is Transformer Engine's.
+        Mask and documents are as in `forward`; with a list of documents it is Transformer Engine's.
         """
         if packed_seq_params is not None:
             out_NO = self.core_attention(
@@ -84,16 +85,15 @@ class WindowSelfAttention(SelfAttention):
                 packed_seq_params=packed_seq_params,
             )
             return out_NO.unsqueeze(1)
+        if self.uses_tiles and why_not_tiled(query.dtype, query.size(0), self.heads.head_dim) is None:
+            return causal_attention(query, key, value, attention_mask)
         if attention_mask is None:
-            if self.uses_tiles and why_not_tiled(query) is None:
-                return causal_attention.causal_attention(query, key, value)
             return self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)
         # What the kernel does not take, FP32 above all, is left to unfused attention.
         mask = hidden_tokens(attention_mask)
         return self.core_attention(query, key, value, mask, attn_mask_type=AttnMaskType.arbitrary)
 
 
-def why_not_tiled(query: Tensor) -> str | None:
-    """Why `causal_attention` is not for these queries [T, B, heads, head_dim] on their GPU, or None."""
-    capability = torch.cuda.get_device_capability(query.device)
-    return causal_attention.why_unsupported(query.dtype, query.size(0), query.size(3), capability)
+def why_not_tiled(dtype: torch.dtype, seq_len: int, head_dim: int) -> str | None:
+    """Why `causal_attention` is not for such queries on this process's GPU, or None."""
+    return why_tiles_cannot(dtype, seq_len, head_dim, torch.cuda.get_device_capability())

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
-from tests.kernels.compiling import compile_for_hopper
 from tests.kernels.interpreter import run_interpreted
 from tests.kernels.test_window_attention import random_starts
 from yxanul_nemo.kernels.causal_attention import (
@@ -16,18 +15,9 @@ from yxanul_nemo.kernels.causal_attention import (
     causal_attention,
     why_unsupported,
 )
-from yxanul_nemo.kernels.causal_attention_kernels import (
-    forward_kernel,
-    key_value_gradients_kernel,
-    query_gradient_kernel,
-)
 from yxanul_nemo.kernels.heads import Heads
 
 YXANUL_197M = Heads(groups=2, heads_per_group=6, head_dim=64)
-TILE = f"tensordesc<bf16[{BLOCK}, {HEAD_DIM}]>"
-TYPES = {
-    "starts": "*i32", "last_tile": "*i32", "lse": "*fp32", "delta": "*fp32", "seq_len": "i32", "exponent": "fp32", "scale": "fp32",
-}  # fmt: skip
 ORDINARY, SURE = 1.0, 60.0
 """Size of queries: at the second a key can be 2^500 times as likely as another, so that sums relative to a query's own tile overflow."""
 
@@ -106,17 +96,6 @@ def test_a_query_that_is_surer_of_far_keys_than_any_sum_holds_is_summed_again():
         [score_HTT[:, 2 * BLOCK + i, 2 * BLOCK : 2 * BLOCK + i + 1].amax(dim=-1) for i in range(BLOCK)], -1
     )
     assert (before - own).max() > 128 + 64
-
-
-@pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("kernel", [forward_kernel, query_gradient_kernel, key_value_gradients_kernel])
-def test_they_compile_for_a_hopper_gpu(kernel, documents):
-    types = {name: TYPES.get(name, TILE) for name in kernel.arg_names if name in TYPES or name.endswith("_desc")}
-    constants = {"heads": 12, "per_group": 6, "WIDTH": HEAD_DIM, "BLOCK": BLOCK}
-    if not documents:
-        constants |= {name: None for name in ("starts", "last_tile") if types.pop(name, None)}
-    compiled = compile_for_hopper(kernel, types, constants, num_warps=4, num_stages=2)
-    assert "wgmma" in compiled.asm["ptx"], "products are Hopper's own"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Forecasts of speed: measurements of the 197M model on one H100, carried over to other models and GPUs by FLOPs.
 
-Each forecast says how it was made. One formula serves all cases and returns a measurement exactly where there is one:
-tokens/s = (FLOP/s reached at this length on an H100) x (peak of the GPU / peak of an H100) / (FLOPs per token of the model).
+Each forecast says how it was made. One formula serves all cases and returns a measurement exactly where there is one: a token takes its
+FLOPs over the FLOP/s that an H100 reaches at this length, and its part of what a micro-batch and a step take whatever their size; other
+GPUs are faster or slower as their peaks are.
 """
 
 import math
@@ -19,14 +20,20 @@ from yxanul_nemo.model.memory import MEASURED_MODEL, MEASURED_VOCAB_SIZE
 
 MEASURED_ON = "one H100 SXM, 197M model, 2026-11-26"
 MEASURED_GPU = BY_KEY["h100"]
-MEASURED_MICRO_BATCH_TOKENS = 32_768
-
-FP8_TOKENS_PER_SECOND = {8: 454.7e3, 128: 431.2e3, 256: 395.0e3, 512: 382.1e3, 1024: 355.2e3, 2048: 317.1e3}
-"""By sequence length: fp8_hybrid, micro-batches of 32,768 tokens, fused layers, CUDA graph."""
-FP8_TOKENS_PER_SECOND_AT_16384 = 304.7e3
-"""The same at 2048 with micro-batches of 16,384 tokens."""
-BF16_TOKENS_PER_SECOND_AT_16384 = 258.4e3
-"""That in BF16."""
+FP8_TOKENS_PER_SECOND = {
+    8: (65_536, 1, 465.9e3), 16: (65_536, 1, 464.0e3), 32: (65_536, 1, 465.5e3), 64: (65_536, 1, 464.6e3), 128: (65_536, 1, 439.5e3),
+    256: (65_536, 1, 402.4e3), 512: (65_536, 1, 392.6e3), 768: (36_864, 2, 367.1e3), 1024: (36_864, 2, 355.9e3), 1536: (36_864, 2, 336.4e3),
+    2048: (40_960, 2, 320.3e3),
+}  # fmt: skip
+"""By sequence length: tokens of a micro-batch, micro-batches of a step, and tokens/s of fp8_hybrid with fused layers and CUDA graph."""
+SECONDS_PER_MICRO_BATCH, SECONDS_PER_STEP = 3.4e-3, 3.3e-3
+"""What a micro-batch takes whatever its size, and a step for its update: they carry the rates above over to other sizes. Fitted to steps of
+one and two micro-batches of 16,384 to 65,536 tokens on that H100 (BENCHMARKS.md), which they forecast within 2%."""
+BF16_SHARE = {128: 340.4 / 425.5, 2048: 263.3 / 314.6}
+"""Of FP8's speed, in BF16 with the same micro-batches: both in one run of `benchmarks/peers.py` (2026-11-26)."""
+TYPICAL_STEP = 32_768, 2
+"""Micro-batch and micro-batches of a step that are assumed where the GPU is another: smaller ones are full with less, and how much was not
+measured."""
 MODULES_SHARE = 0.945
 """Of the speed of fused layers, with Transformer Engine's modules in FP8: 0.937 to 0.946 at 128, 512 and 2048 tokens (2026-11-26)."""
 H200_SHARE = 1 / 0.92
@@ -62,6 +69,7 @@ def forecast_speed(
     gpu: Gpu | None,
     seq_len: int,
     micro_batch_tokens: int,
+    accumulation: int,
     cpu_cores: int = 1,
 ) -> Speed:
     """Training speed of one rank that holds the whole model, in the layers that ranks have with this layout.
@@ -70,6 +78,7 @@ def forecast_speed(
         gpu: None for a CPU, with `cpu_cores` of them for this rank.
         seq_len: length of the windows, in tokens.
         micro_batch_tokens: tokens of one micro-batch of this rank.
+        accumulation: micro-batches of a step.
     """
     flops = training_flops_per_token(model, vocab_size, seq_len)
     if gpu is None:
@@ -80,18 +89,19 @@ def forecast_speed(
         rate = FP32_SHARE_OF_PEAK * gpu.fp32_flops_per_second / flops
         peak = f"{gpu.fp32_flops_per_second / 1e12:g} TFLOP/s of FP32"
         return Speed(rate, "roofline", f"{FP32_SHARE_OF_PEAK:.0%} (assumed) of the peak of {peak}")
-    reached = _measured_flops_per_second(precision, seq_len)
-    is_fused = why_not_fused(model, precision, parallel) is None
+    step = micro_batch_tokens, accumulation
     share = H200_SHARE if gpu.key == "h200" else 1.0
-    if precision.is_fp8 and not is_fused:
+    if precision.is_fp8 and why_not_fused(model, precision, parallel) is not None:
         share *= MODULES_SHARE
-    seconds_per_token = flops / (reached * share * gpu.bf16_flops_per_second / MEASURED_GPU.bf16_flops_per_second)
-    if gpu.bf16_flops_per_second == MEASURED_GPU.bf16_flops_per_second:
-        # Slower GPUs are full with smaller micro-batches; how small was not measured, so nothing is taken off for them.
-        seconds_per_token += _seconds_per_micro_batch() * (1 / micro_batch_tokens - 1 / MEASURED_MICRO_BATCH_TOKENS)
-    rate = 1 / seconds_per_token
+    of_peak = gpu.bf16_flops_per_second / MEASURED_GPU.bf16_flops_per_second
+    seconds_per_token = flops / _flops_per_second(seq_len) + _fixed_seconds_per_token(
+        *(step if of_peak == 1 else TYPICAL_STEP)
+    )
+    rate = share * of_peak / seconds_per_token
+    if not precision.is_fp8:
+        rate *= _over_lengths(BF16_SHARE, seq_len)
     if gpu == MEASURED_GPU and share == 1 and _same_shape(model) and vocab_size == MEASURED_VOCAB_SIZE:
-        if _was_measured(precision, seq_len, micro_batch_tokens):
+        if precision.name == "fp8_hybrid" and FP8_TOKENS_PER_SECOND.get(seq_len, ())[:2] == step:
             return Speed(rate, "measured", f"measured on {MEASURED_ON}")
         return Speed(rate, "interpolated", f"interpolated between measurements on {MEASURED_ON}")
     peak = f"{gpu.bf16_flops_per_second / 1e12:g} TFLOP/s of BF16 ({gpu.data_sheet})"
@@ -99,36 +109,23 @@ def forecast_speed(
     return Speed(rate, "roofline", f"{peak}{times} x the share of its peak reached at this length on {MEASURED_ON}")
 
 
-def _measured_flops_per_second(precision: PrecisionConfig, seq_len: int) -> float:
-    """Model FLOP/s of the measured runs, linear between the logarithms of their lengths and level outside them."""
-    lengths = list(FP8_TOKENS_PER_SECOND)
-    reached = [rate * _measured_flops_per_token(length) for length, rate in FP8_TOKENS_PER_SECOND.items()]
-    fp8 = float(np.interp(math.log2(seq_len), np.log2(lengths), reached))
-    if precision.is_fp8:
-        return fp8
-    # What a micro-batch takes whatever its size is taken as FP8's.
-    more = 1 / BF16_TOKENS_PER_SECOND_AT_16384 - 1 / FP8_TOKENS_PER_SECOND_AT_16384
-    return fp8 / (1 + more * FP8_TOKENS_PER_SECOND[2048])
+def _flops_per_second(seq_len: int) -> float:
+    """Model FLOP/s of the measured runs less what does not grow with a micro-batch."""
+    reached = {}
+    for length, (micro_batch_tokens, accumulation, rate) in FP8_TOKENS_PER_SECOND.items():
+        seconds_per_token = 1 / rate - _fixed_seconds_per_token(micro_batch_tokens, accumulation)
+        reached[length] = training_flops_per_token(MEASURED_MODEL, MEASURED_VOCAB_SIZE, length) / seconds_per_token
+    return _over_lengths(reached, seq_len)
 
 
-def _measured_flops_per_token(seq_len: int) -> float:
-    return training_flops_per_token(MEASURED_MODEL, MEASURED_VOCAB_SIZE, seq_len)
+def _over_lengths(by_length: dict[int, float], seq_len: int) -> float:
+    """Linear between the logarithms of the lengths and level outside them."""
+    return float(np.interp(math.log2(seq_len), np.log2(list(by_length)), list(by_length.values())))
 
 
-def _seconds_per_micro_batch() -> float:
-    """Time that a micro-batch takes whatever its size, from the two sizes that were measured."""
-    slower, faster = 1 / FP8_TOKENS_PER_SECOND_AT_16384, 1 / FP8_TOKENS_PER_SECOND[2048]
-    return (slower - faster) / (1 / 16_384 - 1 / MEASURED_MICRO_BATCH_TOKENS)
-
-
-def _was_measured(precision: PrecisionConfig, seq_len: int, micro_batch_tokens: int) -> bool:
-    if precision.name == "bf16":
-        return (seq_len, micro_batch_tokens) == (2048, 16_384)
-    if precision.name != "fp8_hybrid":
-        return False
-    if micro_batch_tokens == MEASURED_MICRO_BATCH_TOKENS:
-        return seq_len in FP8_TOKENS_PER_SECOND
-    return (seq_len, micro_batch_tokens) == (2048, 16_384)
+def _fixed_seconds_per_token(micro_batch_tokens: int, accumulation: int) -> float:
+    """Of what does not grow with a micro-batch."""
+    return (SECONDS_PER_MICRO_BATCH + SECONDS_PER_STEP / accumulation) / micro_batch_tokens
 
 
 def _same_shape(model: ModelConfig) -> bool:

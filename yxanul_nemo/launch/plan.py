@@ -257,7 +257,7 @@ class _Forecaster:
             phase, self.data_parallel, parallel.micro_batch_tokens, precision.token_multiple
         )
         micro_batch_tokens = micro_batch_size * phase.seq_len
-        speed = self._speed(phase.seq_len, micro_batch_tokens)
+        speed = self._speed(phase.seq_len, micro_batch_tokens, accumulation)
         if self.gpu is None:
             # A CPU's ranks send through memory; that was not measured and is small beside their computing.
             tokens_per_second = speed.tokens_per_second * self.ranks
@@ -309,12 +309,12 @@ class _Forecaster:
         return [simulator.run(phases, gpus) for gpus in gpu_counts(scale_to, simulator.model_ranks)]
 
     def _simulator(self) -> Simulator:
-        def speed(seq_len: int, micro_batch_tokens: int) -> float:
-            return self._speed(seq_len, micro_batch_tokens).tokens_per_second
+        def speed(seq_len: int, micro_batch_tokens: int, accumulation: int) -> float:
+            return self._speed(seq_len, micro_batch_tokens, accumulation).tokens_per_second
 
         return Simulator(self.config, speed, self.vocab_size)
 
-    def _speed(self, seq_len: int, micro_batch_tokens: int) -> Speed:
+    def _speed(self, seq_len: int, micro_batch_tokens: int, accumulation: int) -> Speed:
         """Of one rank that holds the whole model."""
         config = self.config
         cores = threads_per_process(config, min(self.ranks, process_count(config)))
@@ -326,6 +326,7 @@ class _Forecaster:
             self.gpu,
             seq_len,
             micro_batch_tokens,
+            accumulation,
             cores,
         )
 

@@ -33,7 +33,7 @@ CONTEXT_REPEATED_SHARE = 0.05
 RING_SHARE = 0.26
 """Speed at which context-parallel ranks pass keys and values on, of that of large collectives: 0.26 ms for 16.8 MB."""
 
-RankSpeed = Callable[[int, int], float]
+RankSpeed = Callable[[int, int, int], float]
 """(window length, tokens of a micro-batch) -> tokens per second of one GPU that holds the whole model."""
 
 
@@ -114,7 +114,7 @@ class Simulator:
         parallel = self.config.parallel
         left = _share_left(parallel.tensor_parallel, TENSOR_REPEATED_SHARE)
         left *= _share_left(parallel.context_parallel, CONTEXT_REPEATED_SHARE)
-        compute = left * accumulation * micro_batch_tokens / self.speed(seq_len, micro_batch_tokens)
+        compute = left * accumulation * micro_batch_tokens / self.speed(seq_len, micro_batch_tokens, accumulation)
         inside = accumulation * self._model_parallel_seconds(micro_batch_tokens)
         reduce, gather = self._data_parallel_seconds(gpus)
         return StepTime(compute, inside + (1 - self.config.plan.overlap) * reduce + gather)
@@ -173,8 +173,7 @@ class Simulator:
 
     def _alone_tokens_per_second(self, phase: Phase) -> float:
         """Of one GPU that does the recipe's steps by itself, which is what `stage=plan` forecasts for one GPU."""
-        micro_batch_tokens, _ = self._layout(phase, phase.tokens_per_step, 1)
-        return self.speed(phase.seq_len, micro_batch_tokens)
+        return self.speed(phase.seq_len, *self._layout(phase, phase.tokens_per_step, 1))
 
     def _layout(self, phase: Phase, tokens_per_step: int, data_parallel: int) -> tuple[int, int]:
         """(tokens of a micro-batch, micro-batches) of a rank."""

@@ -12,6 +12,7 @@ from rich.table import Table
 from yxanul_nemo.bench.cases import Sweep
 from yxanul_nemo.bench.chart import bench_chart
 from yxanul_nemo.disk_errors import disk_errors
+from yxanul_nemo.figures import clock
 from yxanul_nemo.files import atomic_file, write_json_atomic
 from yxanul_nemo.model.memory import GIB
 
@@ -69,8 +70,8 @@ def show(path: Path, figures: Mapping[str, Any], curriculum: str) -> None:
     for speed in figures.get("curriculum", ()):
         console.print(
             f"curriculum {curriculum} in {speed['precision']}, micro-batches up to {speed['micro_batch_tokens']:,} tokens: "
-            f"{speed['tokens_per_second']:,.0f} tokens/s over its {speed['tokens'] / 1e9:.3g} B tokens, "
-            f"{speed['step_seconds'] / 60:,.1f} minutes of steps",
+            f"{speed['tokens_per_second']:,.0f} tokens/s over its {speed['tokens']:,} tokens, "
+            f"{clock(speed['step_seconds'])} of steps",
             soft_wrap=True,
             markup=False,
         )

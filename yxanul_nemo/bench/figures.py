@@ -12,7 +12,7 @@ from rich.table import Table
 from yxanul_nemo.bench.cases import Sweep
 from yxanul_nemo.bench.chart import bench_chart
 from yxanul_nemo.disk_errors import disk_errors
-from yxanul_nemo.figures import clock
+from yxanul_nemo.figures import duration
 from yxanul_nemo.files import atomic_file, write_json_atomic
 from yxanul_nemo.model.memory import GIB
 
@@ -71,7 +71,7 @@ def show(path: Path, figures: Mapping[str, Any], curriculum: str) -> None:
         console.print(
             f"curriculum {curriculum} in {speed['precision']}, micro-batches up to {speed['micro_batch_tokens']:,} tokens: "
             f"{speed['tokens_per_second']:,.0f} tokens/s over its {speed['tokens']:,} tokens, "
-            f"{clock(speed['step_seconds'])} of steps",
+            f"{duration(speed['step_seconds'])} of steps",
             soft_wrap=True,
             markup=False,
         )

@@ -10,12 +10,7 @@ query of a tile sees are left out.
 import triton
 import triton.language as tl
 
-# A query's exponentials are relative to its largest score in the tile around its own place, raised by HEADROOM (in powers of two), instead
-# of a running maximum, which would be a reduction and a rescaling of the sums in every tile. Where a key elsewhere is so much likelier that
-# a sum passes SUM_LIMIT, the tile of queries is summed again from its true maximum. Keys that underflow are less likely than one of the
-# query's own tile by 2^60 and more.
-HEADROOM = tl.constexpr(64.0)
-SUM_LIMIT = tl.constexpr(1e30)
+from yxanul_nemo.kernels.raised_sums import HEADROOM, passes_limit
 
 
 @triton.jit
@@ -25,9 +20,27 @@ def _tile(tiles):
 
 
 @triton.jit
+def _query_tile(seq_len, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Of this program: the head, the first of its queries, and the column of the keys and values that they see. Programs whose queries see
+    most keys come first."""
+    tiles = seq_len // BLOCK
+    head, place = _tile(tiles)
+    return head, (tiles - 1 - place) * BLOCK, head // per_group * WIDTH
+
+
+@triton.jit
 def _first_seen(starts, head, m, seq_len, heads: tl.constexpr, BLOCK: tl.constexpr):
     """The first token that each query of a tile sees."""
     return tl.load(starts + head // heads * seq_len + m + tl.arange(0, BLOCK))
+
+
+@triton.jit
+def _first_tile(start_M, BLOCK: tl.constexpr):
+    """Where the first tile of keys begins that one of the queries sees."""
+    first = 0
+    if start_M is not None:
+        first = tl.min(start_M, 0) // BLOCK * BLOCK
+    return first
 
 
 @triton.jit
@@ -54,14 +67,13 @@ def forward_kernel(
     q_desc, k_desc, v_desc, out_desc, starts, lse, seq_len, exponent,
     heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of queries of one head. Those with most keys come first."""
-    tiles = seq_len // BLOCK
-    head, place = _tile(tiles)
-    m, column = (tiles - 1 - place) * BLOCK, head // per_group * WIDTH
-    start_M, first = None, 0
+    """One program: a tile of queries of one head. Sums of exponentials are raised ones, from the queries' own tile on."""
+    head, m, column = _query_tile(seq_len, per_group, WIDTH, BLOCK)
+    # A function cannot return None.
+    start_M = None
     if starts is not None:
         start_M = _first_seen(starts, head, m, seq_len, heads, BLOCK)
-        first = tl.min(start_M, 0) // BLOCK * BLOCK
+    first = _first_tile(start_M, BLOCK)
     q_MD = q_desc.load([m, head * WIDTH])
     reference_M, sum_M = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
     out_MD = tl.zeros([BLOCK, WIDTH], tl.float32)
@@ -73,8 +85,7 @@ def forward_kernel(
     for n in tl.range(first, m, BLOCK):
         score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, start_M, exponent, False, BLOCK)
         sum_M, out_MD = _add_tile(score_MN, v_desc.load([n, column]), reference_M, sum_M, out_MD)
-    # Written so that NaN, too, counts as past the limit.
-    if tl.max(tl.where(sum_M < SUM_LIMIT, 0, 1), 0) > 0:
+    if passes_limit(sum_M):
         reference_M = tl.full([BLOCK], float("-inf"), tl.float32)
         for n in tl.range(first, m + BLOCK, BLOCK):
             score_MN = _scores(q_MD, k_desc.load([n, column]), m, n, start_M, exponent, True, BLOCK)
@@ -104,13 +115,12 @@ def query_gradient_kernel(
     heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Same programs as `forward_kernel`. Leaves the sum of dout x out of each query in `delta`, which is shaped as `lse`."""
-    tiles = seq_len // BLOCK
-    head, place = _tile(tiles)
-    m, column = (tiles - 1 - place) * BLOCK, head // per_group * WIDTH
-    start_M, first = None, 0
+    head, m, column = _query_tile(seq_len, per_group, WIDTH, BLOCK)
+    # A function cannot return None.
+    start_M = None
     if starts is not None:
         start_M = _first_seen(starts, head, m, seq_len, heads, BLOCK)
-        first = tl.min(start_M, 0) // BLOCK * BLOCK
+    first = _first_tile(start_M, BLOCK)
     dout_MD = dout_desc.load([m, head * WIDTH])
     delta_M = tl.sum(dout_MD.to(tl.float32) * out_desc.load([m, head * WIDTH]).to(tl.float32), 1)
     at_M = head * seq_len + m + tl.arange(0, BLOCK)

@@ -41,6 +41,21 @@ def _load(base, at, real):
 
 
 @triton.jit
+def _tile(n_rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows and columns of this program, and which of them are real."""
+    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    return row_R, column_C, row_R < n_rows, column_C < width
+
+
+@triton.jit
+def _gate_and_up(gate_up, row_R, column_C, real_RC, width):
+    """Both halves of a tile of [n_rows, 2 x width]."""
+    at_RC = row_R.to(tl.int64)[:, None] * (2 * width) + column_C[None, :]
+    return _load(gate_up, at_RC, real_RC), _load(gate_up, at_RC + width, real_RC)
+
+
+@triton.jit
 def _put(x_RC, rows, columns, row_R, column_C, real_R, real_C, n_rows, width, dtype: tl.constexpr):
     """Store a tile of a matrix [n_rows, width], scaled already, in both orders or, with `rows` or `columns` None, in one."""
     x_RC = _round(x_RC, dtype)
@@ -71,9 +86,7 @@ def _note(amax, x_RC):
 @triton.jit
 def quantize_kernel(x, rows, columns, scale, amax, n_rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """x [n_rows, width] -> rows, columns."""
-    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    real_R, real_C = row_R < n_rows, column_C < width
+    row_R, column_C, real_R, real_C = _tile(n_rows, width, BLOCK_R, BLOCK_C)
     at_RC = row_R.to(tl.int64)[:, None] * width + column_C[None, :]
     x_RC = _load(x, at_RC, real_R[:, None] & real_C[None, :])
     _note(amax, x_RC)
@@ -108,12 +121,9 @@ def add_norm_kernel(
 @triton.jit
 def swiglu_kernel(gate_up, rows, scale, amax, n_rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """silu(gate) x up of gate_up [n_rows, 2 x width] -> rows [n_rows, width]."""
-    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    real_R, real_C = row_R < n_rows, column_C < width
+    row_R, column_C, real_R, real_C = _tile(n_rows, width, BLOCK_R, BLOCK_C)
     real_RC = real_R[:, None] & real_C[None, :]
-    at_RC = row_R.to(tl.int64)[:, None] * (2 * width) + column_C[None, :]
-    gate_RC, up_RC = _load(gate_up, at_RC, real_RC), _load(gate_up, at_RC + width, real_RC)
+    gate_RC, up_RC = _gate_and_up(gate_up, row_R, column_C, real_RC, width)
     out_RC = gate_RC * tl.sigmoid(gate_RC) * up_RC
     _note(amax, out_RC)
     dtype: tl.constexpr = rows.dtype.element_ty
@@ -125,12 +135,9 @@ def swiglu_backward_kernel(
     dout, gate_up, rows, columns, scale, amax, out_columns, out_scale, n_rows, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """The gradient of gate_up -> rows, columns; and `swiglu_kernel`'s result once more -> out_columns."""
-    row_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    real_R, real_C = row_R < n_rows, column_C < width
+    row_R, column_C, real_R, real_C = _tile(n_rows, width, BLOCK_R, BLOCK_C)
     real_RC = real_R[:, None] & real_C[None, :]
-    at_RC = row_R.to(tl.int64)[:, None] * (2 * width) + column_C[None, :]
-    gate_RC, up_RC = _load(gate_up, at_RC, real_RC), _load(gate_up, at_RC + width, real_RC)
+    gate_RC, up_RC = _gate_and_up(gate_up, row_R, column_C, real_RC, width)
     dout_RC = _load(dout, row_R.to(tl.int64)[:, None] * width + column_C[None, :], real_RC)
     sigmoid_RC = tl.sigmoid(gate_RC)
     silu_RC = gate_RC * sigmoid_RC

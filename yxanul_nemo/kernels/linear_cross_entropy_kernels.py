@@ -7,14 +7,9 @@ Descriptors load whole tiles and fill with zeros past the edges, so that the loo
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from yxanul_nemo.kernels.raised_sums import HEADROOM, passes_limit
 
-# The forward kernel's exponentials are relative to a row's largest logit in its first tile, raised by HEADROOM (in
-# powers of two), instead of a running maximum that would need the sums rescaled. Sums stay finite as long as no later
-# logit is 2^(HEADROOM + 100) times as likely; a row that passes SUM_LIMIT is summed again with its true maximum. What
-# underflows is less likely than the first tile's maximum by 2^62 and more, nothing to a float32 sum.
-HEADROOM = tl.constexpr(64.0)
-SUM_LIMIT = tl.constexpr(1e30)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -88,8 +83,7 @@ def forward_kernel(
     first_stop = tl.minimum(start + BLOCK_V, stop)
     reference_t = _largest_logit(z_tr, e_desc, start, first_stop, BLOCK_T, BLOCK_V) + HEADROOM
     sum_t, sum_tr = _sum_exponentials(z_tr, e_desc, reference_t, start, stop, BLOCK_T, BLOCK_V, BLOCK_R, WANTS_MEAN)
-    # Written so that NaN, too, counts as past the limit.
-    if tl.max(tl.where(sum_t < SUM_LIMIT, 0, 1), 0) > 0:
+    if passes_limit(sum_t):
         reference_t = _largest_logit(z_tr, e_desc, start, stop, BLOCK_T, BLOCK_V)
         sum_t, sum_tr = _sum_exponentials(z_tr, e_desc, reference_t, start, stop, BLOCK_T, BLOCK_V, BLOCK_R, WANTS_MEAN)
 

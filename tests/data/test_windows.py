@@ -132,7 +132,7 @@ def test_steps_come_one_after_another_from_any_step_on(shards: list[IndexedToken
 def test_steps_for_a_gpu_are_the_same_ones_in_pinned_memory(shards: list[IndexedTokens]) -> None:
     windows, layout = PhaseWindows([TokenStream(shards, 1)], np.array([1.0]), [0], seq_len=4), BatchLayout(2, 3, 1)
     gpu = torch.device("cuda", torch.cuda.current_device())
-    plain, pinned = PhaseBatches(windows, layout, 0, 0, 9), PhaseBatches(windows, layout, 0, 0, 9, gpu)
+    plain, pinned = (PhaseBatches(windows, layout, 0, 0, 9, pinned=pinned) for pinned in (False, True))
     for (ids_ABT, labels_ABT), for_gpu in zip(plain, pinned, strict=True):
         assert all(x.is_pinned() for x in for_gpu)
         copied = [x.to(gpu, non_blocking=True) for x in for_gpu]

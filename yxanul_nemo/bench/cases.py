@@ -10,6 +10,9 @@ from yxanul_nemo.config.training import NumberFormat, PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.training.phases import Phase, batch_layout, check_chunks, plan_phases
 
+Shape = tuple[int, int, str, int]
+"""Window length, tokens of a step, number format, windows of a micro-batch."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -29,7 +32,7 @@ class Case:
         return self.micro_batch_size * self.phase.seq_len
 
     @property
-    def shape(self) -> tuple[int, int, str, int]:
+    def shape(self) -> Shape:
         """What its speed depends on."""
         return self.phase.seq_len, self.phase.tokens_per_step, self.precision.name, self.micro_batch_size
 
@@ -71,9 +74,14 @@ def bench_sweeps(config: RunConfig, formats: Sequence[NumberFormat], data_parall
 
 
 def bench_cases(config: RunConfig, formats: Sequence[NumberFormat], data_parallel: int = 1) -> list[Case]:
-    """The steps of `bench_sweeps`, those of one shape once."""
-    found: dict[tuple[int, int, str, int], Case] = {}
-    for sweep in bench_sweeps(config, formats, data_parallel):
+    """The distinct cases of `bench_sweeps`."""
+    return distinct_cases(bench_sweeps(config, formats, data_parallel))
+
+
+def distinct_cases(sweeps: Sequence[Sweep]) -> list[Case]:
+    """Their cases, those of one shape once."""
+    found: dict[Shape, Case] = {}
+    for sweep in sweeps:
         for case in sweep.cases:
             found.setdefault(case.shape, case)
     return list(found.values())

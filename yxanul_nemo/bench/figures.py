@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from yxanul_nemo.bench.cases import Sweep
+from yxanul_nemo.bench.cases import Shape, Sweep
 from yxanul_nemo.bench.chart import bench_chart
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.figures import duration
@@ -24,13 +24,8 @@ FILE_WIDTH = 150
 """Columns of a table where it does not go to a terminal."""
 
 
-def curriculum_speeds(sweeps: Sequence[Sweep], rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Tokens/s over all phases, each at its measured speed, of every sweep of which none failed; restarts and validation not counted."""
-    rates = {
-        (row["seq_len"], row["tokens_per_step"], row["precision"], row["micro_batch_size"]): row["tokens_per_second"]
-        for row in rows
-        if "error" not in row
-    }
+def curriculum_speeds(sweeps: Sequence[Sweep], rates: Mapping[Shape, float]) -> list[dict[str, Any]]:
+    """Tokens/s over all phases of every sweep whose cases all have a measured rate; restarts and validation not counted."""
     speeds = []
     for sweep in sweeps:
         if any(case.shape not in rates for case in sweep.cases):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core import parallel_state
-from torch.utils.data import DataLoader
 
 from yxanul_nemo.bench.cases import Case
 from yxanul_nemo.config.run import RunConfig
@@ -71,10 +70,9 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
     backend.prepare(case.micro_batch_size, case.accumulation, phase.seq_len)
     layout = BatchLayout(case.micro_batch_size, case.accumulation, parallel_state.get_data_parallel_world_size())
     rank = parallel_state.get_data_parallel_rank()
-    gpu = torch.device(device, torch.cuda.current_device()) if device == "cuda" else None
-    batches = PhaseBatches(windows, layout, rank, 0, bench.warmup_steps + bench.steps + 1, gpu)
-    loader = iter(DataLoader(batches, batch_size=None))
-    steps = Steps(config, case, backend, loader, vocab_size, device)
+    last_step = bench.warmup_steps + bench.steps + 1
+    batches = iter(PhaseBatches(windows, layout, rank, 0, last_step, pinned=device == "cuda"))
+    steps = Steps(config, case, backend, batches, vocab_size, device)
     steps.run(bench.warmup_steps)
     setup_seconds = time.perf_counter() - began
     with power_readings(device) as watts:
@@ -96,8 +94,10 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
 class Steps:
     """Optimizer steps as a training session takes them: a batch, the step, the meter's record every `logging.every_steps`."""
 
-    def __init__(self, config: RunConfig, case: Case, backend: Backend, loader: Iterator, vocab_size: int, device: str):
-        self.config, self.case, self.backend, self.loader, self.device = config, case, backend, loader, device
+    def __init__(
+        self, config: RunConfig, case: Case, backend: Backend, batches: Iterator, vocab_size: int, device: str
+    ):
+        self.config, self.case, self.backend, self.batches, self.device = config, case, backend, batches, device
         flops = training_flops_per_token(config.model, vocab_size, case.phase.seq_len)
         self.meter = StepMeter(bytes_per_token=1.0, flops_per_token=flops)
         self.lr = config.optim.lr * case.phase.lr_scale * 0.1
@@ -135,7 +135,7 @@ class Steps:
 
     def _step(self) -> None:
         began = time.perf_counter()
-        ids_ABT, labels_ABT = next(self.loader)
+        ids_ABT, labels_ABT = next(self.batches)
         self.meter.data_wait_seconds += time.perf_counter() - began
         self.backend.make_room(ids_ABT)
         ids_ABT, labels_ABT = (x.to(self.device, non_blocking=True) for x in (ids_ABT, labels_ABT))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data_prep.manifest import MANIFEST_NAME, load_manifest
-from yxanul_nemo.bench.cases import Case, bench_cases, bench_sweeps
+from yxanul_nemo.bench.cases import Case, Shape, bench_sweeps, distinct_cases
 from yxanul_nemo.bench.figures import curriculum_speeds, show, write_chart, write_figures
 from yxanul_nemo.bench.measure import measure
 from yxanul_nemo.config.run import RunConfig
@@ -43,7 +43,8 @@ def run_bench_stage(config: RunConfig) -> bool:
     model_ranks = config.parallel.tensor_parallel * config.parallel.context_parallel
     data_parallel = max(1, processes // model_ranks)
     formats = formats_of(config.precision, config.parallel, device)
-    cases = bench_cases(config, formats, data_parallel)
+    sweeps = bench_sweeps(config, formats, data_parallel)
+    cases = distinct_cases(sweeps)
     over = "inside documents" if config.data.document_mask else "over whole windows"
     on = f"{processes} x {_device_name(device)}"
     logger.info("%d cases on %s, attention %s, data: %s", len(cases), on, over, corpus.description)
@@ -63,19 +64,22 @@ def run_bench_stage(config: RunConfig) -> bool:
     }
     # Written after every case, so that a run that is cut short keeps what it has measured.
     path = config.run.dir / "bench" / time.strftime("bench-%Y%m%d-%H%M%S.json")
+    rates: dict[Shape, float] = {}
     for case in cases:
         row = _describe(case) | _run(config, case, corpus, device, peak)
         figures["cases"].append(row)
+        if "error" not in row:
+            rates[case.shape] = row["tokens_per_second"]
         _log(case, row)
         if rank == 0:
             write_figures(path, figures)
     if rank == 0:
         if config.bench.seq_len is None:
-            figures["curriculum"] = curriculum_speeds(bench_sweeps(config, formats, data_parallel), figures["cases"])
+            figures["curriculum"] = curriculum_speeds(sweeps, rates)
         write_figures(path, figures)
         write_chart(path.with_suffix(".png"), figures)
         show(path, figures, config.curriculum.name)
-    return all("error" not in row for row in figures["cases"])
+    return len(rates) == len(cases)
 
 
 class Corpus:

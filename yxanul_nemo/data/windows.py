@@ -82,8 +82,8 @@ class PhaseBatches(IterableDataset):
     steps are computed.
 
     Args:
-        gpu: read into pinned memory, from which this GPU copies while it computes. Pinning afterwards would copy on all cores in the
-            thread that launches the GPU's work.
+        pinned: read into pinned memory, from which this process's GPU copies while it computes. Pinning afterwards would copy on all
+            cores in the thread that launches the GPU's work.
     """
 
     def __init__(
@@ -93,10 +93,12 @@ class PhaseBatches(IterableDataset):
         rank: int,
         first_step: int,
         last_step: int,
-        gpu: torch.device | None = None,
+        pinned: bool = False,
     ):
-        self.windows, self.layout, self.rank, self.gpu = windows, layout, rank, gpu
+        self.windows, self.layout, self.rank = windows, layout, rank
         self.first_step, self.last_step = first_step, last_step
+        # A thread's own current GPU is the first.
+        self._gpu = torch.cuda.current_device() if pinned else None
 
     def __len__(self) -> int:
         return self.last_step - self.first_step
@@ -114,10 +116,9 @@ class PhaseBatches(IterableDataset):
         return ids_ABT, labels_ABT
 
     def _empty(self, *shape: int) -> torch.Tensor:
-        if self.gpu is None:
+        if self._gpu is None:
             return torch.empty(shape, dtype=torch.int64)
-        # A thread's own current GPU is the first.
-        with torch.cuda.device(self.gpu):
+        with torch.cuda.device(self._gpu):
             return torch.empty(shape, dtype=torch.int64, pin_memory=True)
 
 

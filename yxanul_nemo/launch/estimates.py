@@ -89,15 +89,12 @@ def forecast_speed(
         rate = FP32_SHARE_OF_PEAK * gpu.fp32_flops_per_second / flops
         peak = f"{gpu.fp32_flops_per_second / 1e12:g} TFLOP/s of FP32"
         return Speed(rate, "roofline", f"{FP32_SHARE_OF_PEAK:.0%} (assumed) of the peak of {peak}")
-    step = micro_batch_tokens, accumulation
+    of_peak = gpu.bf16_flops_per_second / MEASURED_GPU.bf16_flops_per_second
+    step = (micro_batch_tokens, accumulation) if of_peak == 1 else TYPICAL_STEP
     share = H200_SHARE if gpu.key == "h200" else 1.0
     if precision.is_fp8 and why_not_fused(model, precision, parallel) is not None:
         share *= MODULES_SHARE
-    of_peak = gpu.bf16_flops_per_second / MEASURED_GPU.bf16_flops_per_second
-    seconds_per_token = flops / _flops_per_second(seq_len) + _fixed_seconds_per_token(
-        *(step if of_peak == 1 else TYPICAL_STEP)
-    )
-    rate = share * of_peak / seconds_per_token
+    rate = share * of_peak / (flops / _flops_per_second(seq_len) + _fixed_seconds_per_token(*step))
     if not precision.is_fp8:
         rate *= _over_lengths(BF16_SHARE, seq_len)
     if gpu == MEASURED_GPU and share == 1 and _same_shape(model) and vocab_size == MEASURED_VOCAB_SIZE:

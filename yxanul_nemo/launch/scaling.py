@@ -34,7 +34,7 @@ RING_SHARE = 0.26
 """Speed at which context-parallel ranks pass keys and values on, of that of large collectives: 0.26 ms for 16.8 MB."""
 
 RankSpeed = Callable[[int, int, int], float]
-"""(window length, tokens of a micro-batch) -> tokens per second of one GPU that holds the whole model."""
+"""(window length, tokens of a micro-batch, micro-batches of a step) -> tokens per second of one GPU that holds the whole model."""
 
 
 @dataclass(frozen=True)

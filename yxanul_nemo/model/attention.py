@@ -65,6 +65,10 @@ class WindowSelfAttention(SelfAttention):
         """Whether whole windows of this length go through `window_attention`, straight from the mixed projection."""
         return why_unsupported(dtype, seq_len, self.heads.head_dim) is None
 
+    def takes_tiles(self, seq_len: int, dtype: torch.dtype) -> bool:
+        """Whether windows of this length, whole or with documents in them, go through `causal_attention`."""
+        return self.uses_tiles and why_not_tiled(dtype, seq_len, self.heads.head_dim) is None
+
     def attend(
         self,
         query: Tensor,
@@ -85,7 +89,7 @@ class WindowSelfAttention(SelfAttention):
                 packed_seq_params=packed_seq_params,
             )
             return out_NO.unsqueeze(1)
-        if self.uses_tiles and why_not_tiled(query.dtype, query.size(0), self.heads.head_dim) is None:
+        if self.takes_tiles(query.size(0), query.dtype):
             return causal_attention(query, key, value, attention_mask)
         if attention_mask is None:
             return self.core_attention(query, key, value, None, attn_mask_type=self.attn_mask_type)

@@ -51,10 +51,9 @@ class YxanulGPT(GPTModel):
             from yxanul_nemo.model.fused_block import FusedBlock
 
             FusedBlock.take_over(self.decoder)
-        self.tiled_attention = tiled_attention and self.with_te
-        if self.tiled_attention:
+        if self.with_te:
             for layer in self.decoder.layers:
-                layer.self_attention.uses_tiles = True
+                layer.self_attention.uses_tiles = tiled_attention
         built = sum(p.numel() for p in self.parameters())
         if config.tensor_model_parallel_size == 1:
             expected = parameter_count(model, self.vocab_size)
@@ -103,11 +102,9 @@ class YxanulGPT(GPTModel):
         if not (self.with_te and self.config.bf16):
             return False
         from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW
-        from yxanul_nemo.model.attention import why_not_tiled
 
-        if self.tiled_attention and why_not_tiled(torch.bfloat16, seq_len, self.model_shape.head_dim) is None:
-            return False
-        return seq_len > LONGEST_WINDOW
+        takes_tiles = self.decoder.layers[0].self_attention.takes_tiles(seq_len, torch.bfloat16)
+        return seq_len > LONGEST_WINDOW and not takes_tiles
 
     def _head(self, *, hidden_states: Tensor, labels: Tensor | None, output_weight: Tensor, **_: object) -> Tensor:
         tp_group = self.pg_collection.tp if self.config.tensor_model_parallel_size > 1 else None

@@ -258,7 +258,7 @@ class PhaseSession:
             parallel_state.get_data_parallel_rank(),
             first_step,
             phase.steps,
-            self._torch_device() if self.device == "cuda" else None,
+            pinned=self.device == "cuda",
         )
         logger.info(
             "phase %d: seq_len %d, %d steps of %s tokens = %d ranks x %d x micro-batch %d, from step %d",

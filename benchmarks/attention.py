@@ -37,17 +37,27 @@ def cudnn_attention() -> Attention:
     return DotProductAttention(HEADS, HEAD_DIM, **options)
 
 
-def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torch's on repeated keys and values [T, B, heads, D] -> [T, B, heads x D]."""
+def exact_attention(query: Tensor, key: Tensor, value: Tensor, starts_BT: Tensor | None = None) -> Tensor:
+    """torch's on repeated keys and values [T, B, heads, D] -> [T, B, heads x D], from the first token that each token sees on."""
+    place_T = torch.arange(query.size(0), device=query.device)
+    visible = place_T <= place_T[:, None]
+    if starts_BT is not None:
+        visible = visible & (place_T >= starts_BT[:, None, :, None])
+    repeats = query.size(2) // key.size(2)
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    key, value = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, is_causal=True).permute(2, 0, 1, 3).flatten(2)
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).permute(2, 0, 1, 3).flatten(2)
 
 
 def results(attention: Attention, given: list[Tensor], dout: Tensor) -> list[Tensor]:
     """Output and gradients."""
     out = attention(*given)
-    return [out, *torch.autograd.grad(out, given, dout)]
+    return [out.detach(), *torch.autograd.grad(out, given, dout)]
+
+
+def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """Norms of the differences over norms of what is expected."""
+    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
 
 
 def measure(attention: Attention, seq_len: int, tokens: int) -> dict[str, object]:
@@ -64,7 +74,7 @@ def measure(attention: Attention, seq_len: int, tokens: int) -> dict[str, object
     first = [x.detach()[:, :EXACT_WINDOWS].double().requires_grad_() for x in given]
     expected = results(exact_attention, first, dout[:, :EXACT_WINDOWS].double())
     found = [x[:, :EXACT_WINDOWS].double() for x in results(attention, given, dout)]
-    errors = [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+    errors = relative_errors(found, expected)
     forward = do_bench_cudagraph(lambda: attention(*given), return_mode="median") * 1e3
     both = do_bench_cudagraph(lambda: results(attention, given, dout), return_mode="median") * 1e3
     return {"forward_microseconds": forward, "both_microseconds": both, "relative_errors": errors}

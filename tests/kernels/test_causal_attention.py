@@ -1,10 +1,12 @@
 """Attention by tiles against torch's own in FP64: in FP32 with Triton's interpreter on a CPU, in BF16 on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from benchmarks.attention import exact_attention, relative_errors, results
 from tests.kernels.interpreter import run_interpreted
 from tests.kernels.test_window_attention import random_starts
 from yxanul_nemo.kernels.causal_attention import (
@@ -33,31 +35,13 @@ def inputs(seq_len, windows, heads, dtype, device, size=ORDINARY):
     return [x.to(dtype).requires_grad_() for x in (query * size, key, value)], dout
 
 
-def exact(query, key, value, starts_BT=None):
-    """torch's attention on repeated keys and values [T, B, heads, D]."""
-    place_T = torch.arange(query.size(0), device=query.device)
-    visible = place_T <= place_T[:, None]
-    if starts_BT is not None:
-        visible = visible & (place_T >= starts_BT[:, None, :, None])
-    repeats = query.size(2) // key.size(2)
-    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).permute(2, 0, 1, 3).flatten(2)
-
-
-def results(attention, given, dout, starts_BT=None):
-    """Output and the three gradients."""
-    out = attention(*given, starts_BT)
-    return [out.detach(), *torch.autograd.grad(out, given, dout)]
-
-
 def errors(seq_len, windows, heads, dtype, device, size=ORDINARY, documents=None):
     """Relative errors of output and gradients; with documents of about a `documents`-th of a window, of attention inside them."""
     given, dout = inputs(seq_len, windows, heads, dtype, device, size)
     starts_BT = None if documents is None else random_starts(seq_len, windows, device, documents)
-    found = results(causal_attention, given, dout, starts_BT)
-    expected = results(exact, [x.detach().double().requires_grad_() for x in given], dout.double(), starts_BT)
-    return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
+    found = results(partial(causal_attention, starts_BT=starts_BT), given, dout)
+    doubled = [x.detach().double().requires_grad_() for x in given]
+    return relative_errors(found, results(partial(exact_attention, starts_BT=starts_BT), doubled, dout.double()))
 
 
 def test_the_kernels_equal_exact_attention_in_the_interpreter():

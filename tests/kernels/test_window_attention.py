@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from benchmarks.attention import exact_attention
 from tests.kernels.interpreter import run_interpreted
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.window_attention import HEAD_DIMS, LONGEST_WINDOW, why_unsupported, window_attention
@@ -41,15 +41,7 @@ def reference(qkv_TBQ, angles_TD, heads, starts_BT=None):
         return torch.cat((turned.real, turned.imag), dim=-1)
 
     query, key = rotated(x[..., : heads.heads_per_group, :]), rotated(x[..., heads.heads_per_group : -1, :])
-    query = query.flatten(2, 3).permute(1, 2, 0, 3)
-    key, value = (
-        y.squeeze(3).permute(1, 2, 0, 3).repeat_interleave(heads.heads_per_group, dim=1) for y in (key, x[..., -1:, :])
-    )
-    place_T = torch.arange(n_time, device=qkv_TBQ.device)
-    visible = place_T <= place_T[:, None]
-    if starts_BT is not None:
-        visible = visible & (place_T >= starts_BT[:, None, :, None])
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=visible).permute(2, 0, 1, 3).flatten(2)
+    return exact_attention(query.flatten(2, 3), key.squeeze(3), x[..., -1, :], starts_BT)
 
 
 def errors(seq_len, batch_size, heads, dtype, device, masked=False):

@@ -1,10 +1,11 @@
 """Causal grouped-query attention in windows that are too long for one tile, forward and backward.
 
 cuDNN's backward pass (9.14) sums the gradients of queries in FP32 in memory, rounds them afterwards, and adds those of keys and values up
-over the heads that share them in further passes: a fixed cost per token, as large at 256 tokens as all products there. Here one kernel has
-the gradients of queries and one those of keys and values, which goes through all the heads that share them in one loop. Both compute the
-scores again, seven products in all where cuDNN needs five, and write each gradient once. Every sum has a fixed order, so results repeat
-to the last bit. After FlashAttention-2 (arXiv:2307.08691) but for the forward pass's running maximum, which it does without.
+over the heads that share them in further passes: a cost per token that does not fall with the window, more than half of what the pass
+itself takes at 512 tokens. Here one kernel has the gradients of queries and one those of keys and values, which goes through all the heads
+that share them in one loop. Both compute the scores again, seven products in all where cuDNN needs five, and write each gradient once.
+Every sum has a fixed order, so results repeat to the last bit. After FlashAttention-2 (arXiv:2307.08691) but for the forward pass's running
+maximum, which it does without (`raised_sums`).
 """
 
 import math

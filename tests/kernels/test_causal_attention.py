@@ -14,6 +14,7 @@ from yxanul_nemo.kernels.causal_attention import (
     CAPABILITY,
     HEAD_DIM,
     LONGEST_WINDOW,
+    SHORTEST_WINDOW,
     causal_attention,
     why_unsupported,
 )
@@ -86,7 +87,8 @@ def test_a_query_that_is_surer_of_far_keys_than_any_sum_holds_is_summed_again():
     ("changed", "named"),
     [
         ({"dtype": torch.float16}, "float16"),
-        ({"seq_len": 100}, "100 tokens"),
+        ({"seq_len": 300}, "300 tokens"),
+        ({"seq_len": SHORTEST_WINDOW - BLOCK}, f"{SHORTEST_WINDOW - BLOCK} tokens"),
         ({"seq_len": LONGEST_WINDOW + BLOCK}, f"{LONGEST_WINDOW + BLOCK} tokens"),
         ({"head_dim": 128}, "128"),
         ({"capability": (8, 9)}, "8.9"),
@@ -100,7 +102,7 @@ def test_others_are_left_to_transformer_engine(changed, named):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("seq_len", [64, 192, 256, 512, 768, 1024, 2048])
+@pytest.mark.parametrize("seq_len", [64, 128, 192, 256, 512, 768, 1024, 2048])
 def test_bf16_follows_exact_attention(seq_len):
     """Probabilities and their gradients are rounded to BF16 once, before products."""
     found = errors(seq_len, 2, YXANUL_197M, torch.bfloat16, "cuda")
@@ -109,7 +111,7 @@ def test_bf16_follows_exact_attention(seq_len):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("documents", [0, 4, 100])
-@pytest.mark.parametrize("seq_len", [192, 512, 2048])
+@pytest.mark.parametrize("seq_len", [128, 192, 512, 2048])
 def test_bf16_inside_documents_follows_exact_attention(seq_len, documents):
     found = errors(seq_len, 2, YXANUL_197M, torch.bfloat16, "cuda", documents=documents)
     assert max(found) < 6e-3, found

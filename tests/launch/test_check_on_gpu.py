@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.gpu
 
@@ -15,10 +16,11 @@ MXFP8_FROM = (10, 0)
 
 
 @pytest.mark.parametrize("mask", ["false", "true"])
-def test_the_recipe_of_a_hopper_gpu_can_run(tmp_path: Path, mask: str) -> None:
+@pytest.mark.parametrize("tiles", ["false", "true"])
+def test_the_recipe_of_a_hopper_gpu_can_run(tmp_path: Path, mask: str, tiles: str) -> None:
     command = [sys.executable, "launcher.py", "recipe=yxanul_197m_h100", f"run.dir={tmp_path / 'run'}", "stage=check"]
     # All lengths from 8 to 2048.
-    command += ["curriculum=h100", f"data.document_mask={mask}"]
+    command += ["curriculum=h100", f"data.document_mask={mask}", f"parallel.tiled_attention={tiles}"]
     done = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and "this recipe can run here" in said, said
@@ -27,6 +29,10 @@ def test_the_recipe_of_a_hopper_gpu_can_run(tmp_path: Path, mask: str) -> None:
         assert re.search(rf"precision {precision} +works", said), said
     assert bool(re.search(r"precision mxfp8 +works", said)) == ((major, minor) >= MXFP8_FROM)
     attention = dict(re.findall(r"seq_len +(\d+)(?: inside documents)?: (.*)", said))
-    assert {int(length) for length, kind in attention.items() if kind == "window kernel"} == {8, 16, 32, 64, 128}
+    takes_tiles = tiles == "true" and torch.cuda.get_device_capability()[0] == 9
+    by_tiles = {128, 256, 512, 768, 1536, 2048} if takes_tiles else set()
+    of_kind = lambda wanted: {int(length) for length, kind in attention.items() if kind == wanted}  # noqa: E731
+    assert of_kind("tiled kernels") == by_tiles
+    assert of_kind("window kernel") == {8, 16, 32, 64, 128} - by_tiles
     assert not any("unfused" in kind or kind == "none" for kind in attention.values()), attention
     assert not (tmp_path / "run").exists(), "it only looks"

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention in windows that are too long for one tile, forward and backward.
+"""Causal grouped-query attention in windows of several tiles, forward and backward.
 
 cuDNN's backward pass (9.14) sums the gradients of queries in FP32 in memory, rounds them afterwards, and adds those of keys and values up
 over the heads that share them in further passes: a cost per token that does not fall with the window, more than half of what the pass
@@ -17,20 +17,23 @@ from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from yxanul_nemo.kernels.causal_attention_kernels import (
-    forward_kernel,
     key_value_gradients_kernel,
     query_gradient_kernel,
+    tiled_forward_kernel,
 )
 
 BLOCK = 64
 """Tokens of a tile; windows are whole numbers of them."""
+SHORTEST_WINDOW = 128
+"""At 128 tokens these kernels are as fast as `window_attention` or a little faster (LOG.md); below they would fill half a tile or none."""
 LONGEST_WINDOW = 2048
-"""At 256 to 1024 tokens these kernels are faster than cuDNN's, at 2048 about equal (LOG.md); the longer a window, the more the two products
-count that cuDNN saves."""
+"""Up to here they are faster than cuDNN's, at 4096 slower (LOG.md): the longer a window, the more count the two products that it saves."""
 HEAD_DIM = 64
 """Width of a head that their tiles are chosen for."""
 CAPABILITY = 9
 """Major compute capability (Hopper) on which they were measured."""
+FORWARD_REGISTERS = 96
+"""Of a thread, so that five programs fit on a multiprocessor with two stages, which saves 9 to 21% of the kernel's time (LOG.md)."""
 KEY_VALUE_REGISTERS = 168
 """Of a thread, so that three programs fit on a multiprocessor, which saves 8% of the kernel's time (LOG.md)."""
 
@@ -43,8 +46,8 @@ def why_unsupported(dtype: torch.dtype, seq_len: int, head_dim: int, capability:
         return f"queries are {dtype}, not torch.bfloat16"
     if head_dim != HEAD_DIM:
         return f"the head dimension is {head_dim}, not {HEAD_DIM}"
-    if seq_len % BLOCK or seq_len > LONGEST_WINDOW:
-        return f"windows of {seq_len} tokens are not a multiple of {BLOCK} up to {LONGEST_WINDOW}"
+    if seq_len % BLOCK or not SHORTEST_WINDOW <= seq_len <= LONGEST_WINDOW:
+        return f"windows of {seq_len} tokens are not a multiple of {BLOCK} from {SHORTEST_WINDOW} to {LONGEST_WINDOW}"
     return None
 
 
@@ -114,9 +117,10 @@ class _CausalAttention(torch.autograd.Function):
         launch = _Launch(*q.shape[:3], k.size(2), q.size(3))
         out = torch.empty_like(q)
         lse = q.new_empty(launch.windows * launch.heads, launch.seq_len, dtype=torch.float32)
-        forward_kernel[launch.grid(launch.heads)](
-            *map(_tiles, (q, k, v, out)), starts, lse, launch.seq_len, launch.exponent, **launch.constants, num_stages=3
-        )
+        tiled_forward_kernel[launch.grid(launch.heads)](
+            *map(_tiles, (q, k, v, out)), starts, lse, launch.seq_len, launch.exponent, **launch.constants,
+            num_stages=2, maxnreg=FORWARD_REGISTERS,
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse, starts)
         ctx.launch = launch
         return out.flatten(2)

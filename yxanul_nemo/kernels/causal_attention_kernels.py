@@ -63,7 +63,7 @@ def _add_tile(score_MN, v_ND, reference_M, sum_M, out_MD):
 
 
 @triton.jit
-def forward_kernel(
+def tiled_forward_kernel(
     q_desc, k_desc, v_desc, out_desc, starts, lse, seq_len, exponent,
     heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def query_gradient_kernel(
     q_desc, k_desc, v_desc, out_desc, dout_desc, dq_desc, starts, lse, delta, seq_len, exponent, scale,
     heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Same programs as `forward_kernel`. Leaves the sum of dout x out of each query in `delta`, which is shaped as `lse`."""
+    """Same programs as `tiled_forward_kernel`. Leaves the sum of dout x out of each query in `delta`, which is shaped as `lse`."""
     head, m, column = _query_tile(seq_len, per_group, WIDTH, BLOCK)
     # A function cannot return None.
     start_M = None

@@ -58,7 +58,7 @@ def _sum_exponentials(
 
 
 @triton.jit
-def forward_kernel(
+def head_forward_kernel(
     z_ptr,
     e_desc,
     lse_ptr,

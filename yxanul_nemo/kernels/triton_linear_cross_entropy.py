@@ -25,7 +25,7 @@ from yxanul_nemo.kernels.linear_cross_entropy_kernels import (
     bias_kernel,
     de_kernel,
     dz_kernel,
-    forward_kernel,
+    head_forward_kernel,
     label_kernel,
 )
 
@@ -171,7 +171,7 @@ def _sweep_vocabulary(z_TR: Tensor, e_VR: Tensor, valid_rows: int, wants_mean: b
     ranges, per_range = _ranges(tokens, valid_rows, tiles, gpu.multiprocessors)
     lse_ST = z_TR.new_empty((ranges, tokens), dtype=torch.float32)
     mean_STR = z_TR.new_empty((ranges, tokens, inner), dtype=torch.float32) if wants_mean else None
-    forward_kernel[(triton.cdiv(tokens, tiles.tokens), ranges)](
+    head_forward_kernel[(triton.cdiv(tokens, tiles.tokens), ranges)](
         z_TR,
         TensorDescriptor.from_tensor(e_VR, [tiles.rows, block_r]),
         lse_ST,

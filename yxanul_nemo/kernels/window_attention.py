@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from yxanul_nemo.kernels.heads import Heads
-from yxanul_nemo.kernels.window_attention_kernels import backward_kernel, forward_kernel
+from yxanul_nemo.kernels.window_attention_kernels import window_backward_kernel, window_forward_kernel
 
 LONGEST_WINDOW = 128
 """Longest window that these kernels take."""
@@ -62,7 +62,7 @@ class _WindowAttention(torch.autograd.Function):
         qkv_TBQ, angles_TD = qkv_TBQ.contiguous(), angles_TD.contiguous()
         starts_BT = None if starts_BT is None else starts_BT.contiguous()
         out_TBO = qkv_TBQ.new_empty(*qkv_TBQ.shape[:2], heads.out_width)
-        _launch(forward_kernel, heads, qkv_TBQ, angles_TD, starts_BT, out_TBO)
+        _launch(window_forward_kernel, heads, qkv_TBQ, angles_TD, starts_BT, out_TBO)
         ctx.save_for_backward(qkv_TBQ, angles_TD, starts_BT)
         ctx.heads = heads
         return out_TBO
@@ -72,7 +72,7 @@ class _WindowAttention(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, dout_TBO: Tensor) -> tuple[Tensor, None, None, None]:
         qkv_TBQ, angles_TD, starts_BT = ctx.saved_tensors
         dqkv_TBQ = torch.empty_like(qkv_TBQ)
-        _launch(backward_kernel, ctx.heads, qkv_TBQ, angles_TD, starts_BT, dout_TBO.contiguous(), dqkv_TBQ)
+        _launch(window_backward_kernel, ctx.heads, qkv_TBQ, angles_TD, starts_BT, dout_TBO.contiguous(), dqkv_TBQ)
         return dqkv_TBQ, None, None, None
 
 

@@ -70,7 +70,7 @@ def _probabilities(qa_MH, qb_MH, ka_MH, kb_MH, visible_MM, scale: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["batch_size"])
-def forward_kernel(
+def window_forward_kernel(
     qkv,
     angles,
     starts,
@@ -106,7 +106,7 @@ def forward_kernel(
 
 
 @triton.jit(do_not_specialize=["batch_size"])
-def backward_kernel(
+def window_backward_kernel(
     qkv,
     angles,
     starts,
@@ -121,7 +121,7 @@ def backward_kernel(
     HALF: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Same programs as `forward_kernel`; probabilities are computed again, so nothing but the inputs was kept."""
+    """Same programs as `window_forward_kernel`; probabilities are computed again, so nothing but the inputs was kept."""
     width: tl.constexpr = 2 * HALF
     qkv_width: tl.constexpr = groups * (heads_per_group + 2) * width
     out_width: tl.constexpr = groups * heads_per_group * width

@@ -81,23 +81,26 @@ def _cudnn_version() -> str:
 
 
 def describe_attention(config: RunConfig) -> Iterator[str]:
-    """Which attention Transformer Engine takes at each sequence length of the recipe."""
+    """Which attention the layers of Transformer Engine take at each sequence length of the recipe."""
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
     from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW, why_unsupported
     from yxanul_nemo.model.attention import why_not_tiled
 
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
+    # The project's kernels know neighbours only.
+    is_whole = config.parallel.context_parallel == 1
+    by_tiles = is_whole and config.parallel.tiled_attention and not config.precision.fp8_attention
     trained = {phase.seq_len for phase in config.curriculum.phases}
     # Validation is of single documents, which need no mask.
     cases = {(seq_len, config.data.document_mask) for seq_len in trained} | {(config.validation.eval_len, False)}
     for seq_len, masked in sorted(cases):
         where = f"attention   seq_len {seq_len:>5}{' inside documents' if masked else ''}"
-        if why_unsupported(dtype, seq_len, config.model.head_dim) is None:
-            yield f"{where}: window kernel"
-            continue
-        if config.parallel.tiled_attention and why_not_tiled(dtype, seq_len, config.model.head_dim) is None:
+        if by_tiles and why_not_tiled(dtype, seq_len, config.model.head_dim) is None:
             yield f"{where}: tiled kernels"
+            continue
+        if is_whole and why_unsupported(dtype, seq_len, config.model.head_dim) is None:
+            yield f"{where}: window kernel"
             continue
         windows = max(1, MOST_MICRO_BATCH_TOKENS // seq_len)
         lists = masked and dtype == torch.bfloat16 and seq_len > LONGEST_WINDOW

@@ -1,4 +1,4 @@
-"""Megatron-core's self-attention with the project's kernels around and, for short windows, in place of Transformer Engine's attention."""
+"""Megatron-core's self-attention with the project's kernels around and, for most windows, in place of Transformer Engine's attention."""
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,8 +15,8 @@ from yxanul_nemo.model.documents import hidden_tokens
 
 
 class WindowSelfAttention(SelfAttention):
-    """Windows that fit one tile go through `window_attention`, RoPE included; longer ones through `split_rope` and Transformer Engine or,
-    where `uses_tiles`, `causal_attention`.
+    """Short windows go through `window_attention`, RoPE included; longer ones through `split_rope` and, where `uses_tiles`,
+    `causal_attention`, else Transformer Engine.
 
     cuDNN's fused attention fails inside a CUDA graph below 128 tokens (illegal memory access; Transformer Engine 2.20, cuDNN 9.14), and
     unfused attention spends most of a step at these lengths on launches.
@@ -63,7 +63,7 @@ class WindowSelfAttention(SelfAttention):
 
     def takes_mixed(self, seq_len: int, dtype: torch.dtype) -> bool:
         """Whether whole windows of this length go through `window_attention`, straight from the mixed projection."""
-        return why_unsupported(dtype, seq_len, self.heads.head_dim) is None
+        return why_unsupported(dtype, seq_len, self.heads.head_dim) is None and not self.takes_tiles(seq_len, dtype)
 
     def takes_tiles(self, seq_len: int, dtype: torch.dtype) -> bool:
         """Whether windows of this length, whole or with documents in them, go through `causal_attention`."""

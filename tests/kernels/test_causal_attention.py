@@ -9,16 +9,15 @@ pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
 from benchmarks.attention import exact_attention, relative_errors, results
 from tests.kernels.interpreter import run_interpreted
 from tests.kernels.test_window_attention import random_starts
+from yxanul_nemo.kernels import causal_attention as tiled
 from yxanul_nemo.kernels.causal_attention import (
-    BLOCK,
-    CAPABILITY,
-    HEAD_DIM,
-    LONGEST_WINDOW,
-    SHORTEST_WINDOW,
+    ENOUGH_PROGRAMS,
+    SHORTEST_PARTED,
     causal_attention,
-    why_unsupported,
+    parts_of_heads,
 )
 from yxanul_nemo.kernels.heads import Heads
+from yxanul_nemo.kernels.tile_limits import BLOCK
 
 YXANUL_197M = Heads(groups=2, heads_per_group=6, head_dim=64)
 ORDINARY, SURE = 1.0, 60.0
@@ -46,30 +45,51 @@ def errors(seq_len, windows, heads, dtype, device, size=ORDINARY, documents=None
 
 
 def test_the_kernels_equal_exact_attention_in_the_interpreter():
-    assert len(run_interpreted(__file__).split()) == 9
+    assert len(run_interpreted(__file__).split()) == 11
 
 
 def interpreted():
-    """Some lengths and shapes of heads; the last has keys that are far likelier than those of a query's own tile."""
+    """Some lengths, shapes of heads and parts of them; the last has keys that are far likelier than those of a query's own tile."""
     cases = [
-        (1, 1, Heads(1, 1, 16), None),
-        (2, 3, Heads(2, 3, 32), None),
-        (3, 1, Heads(1, 2, 64), None),
-        (4, 1, Heads(3, 1, 16), None),
+        (1, 1, Heads(1, 1, 16), 1, None),
+        (2, 3, Heads(2, 3, 32), 1, None),
+        (2, 3, Heads(2, 3, 32), 3, None),
+        (3, 1, Heads(1, 2, 64), 1, None),
+        (4, 1, Heads(3, 1, 16), 1, None),
+        (2, 2, Heads(2, 4, 16), 2, 3),
         # No boundary but the window's, some, and tiles whose keys no later tile sees.
-        (3, 2, Heads(1, 2, 16), 0),
-        (4, 2, Heads(2, 1, 16), 3),
-        (5, 1, Heads(1, 2, 16), 10),
-        (3, 2, Heads(2, 1, 16), 100),
+        (3, 2, Heads(1, 2, 16), 2, 0),
+        (4, 2, Heads(2, 1, 16), 1, 3),
+        (5, 1, Heads(1, 2, 16), 1, 10),
+        (3, 2, Heads(2, 1, 16), 1, 100),
     ]
-    for tiles, windows, heads, documents in cases:
+    for tiles, windows, heads, parts, documents in cases:
+        # Just enough in that many parts.
+        tiled.SHORTEST_PARTED, tiled.ENOUGH_PROGRAMS = 0, tiles * windows * heads.groups * parts
         found = errors(tiles * BLOCK, windows, heads, torch.float32, "cpu", documents=documents)
-        assert max(found) < 1e-5, (tiles, heads, documents, found)
+        assert max(found) < 1e-5, (tiles, heads, parts, documents, found)
         print(tiles)
     # Gradients through a softmax that is all but certain are differences of almost equal numbers.
     found = errors(3 * BLOCK, 1, Heads(1, 2, 16), torch.float32, "cpu", SURE)
     assert found[0] < 1e-5 and max(found) < 1e-2, found
     print(SURE)
+
+
+@pytest.mark.parametrize(
+    ("programs", "per_group", "parts"),
+    [
+        (2048, 6, 1),
+        (ENOUGH_PROGRAMS, 6, 1),
+        (ENOUGH_PROGRAMS - 1, 6, 2),
+        (150, 6, 3),
+        (4, 6, 6),
+        (150, 7, 7),
+        (4, 1, 1),
+    ],
+)
+def test_heads_are_parted_until_there_are_enough_programs(programs, per_group, parts):
+    assert parts_of_heads(2048, programs, per_group) == parts
+    assert parts_of_heads(SHORTEST_PARTED - BLOCK, programs, per_group) == 1, "short windows"
 
 
 def test_a_query_that_is_surer_of_far_keys_than_any_sum_holds_is_summed_again():
@@ -83,29 +103,14 @@ def test_a_query_that_is_surer_of_far_keys_than_any_sum_holds_is_summed_again():
     assert (before - own).max() > 128 + 64
 
 
-@pytest.mark.parametrize(
-    ("changed", "named"),
-    [
-        ({"dtype": torch.float16}, "float16"),
-        ({"seq_len": 300}, "300 tokens"),
-        ({"seq_len": SHORTEST_WINDOW - BLOCK}, f"{SHORTEST_WINDOW - BLOCK} tokens"),
-        ({"seq_len": LONGEST_WINDOW + BLOCK}, f"{LONGEST_WINDOW + BLOCK} tokens"),
-        ({"head_dim": 128}, "128"),
-        ({"capability": (8, 9)}, "8.9"),
-        ({"capability": (12, 0)}, "12.0"),
-    ],
-)
-def test_others_are_left_to_transformer_engine(changed, named):
-    fitting = {"dtype": torch.bfloat16, "seq_len": 256, "head_dim": HEAD_DIM, "capability": (CAPABILITY, 0)}
-    assert why_unsupported(**fitting) is None
-    assert named in why_unsupported(**fitting | changed)
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("seq_len", [64, 128, 192, 256, 512, 768, 1024, 2048])
-def test_bf16_follows_exact_attention(seq_len):
+@pytest.mark.parametrize(
+    ("seq_len", "windows"),
+    [*((seq_len, 2) for seq_len in (64, 128, 192, 256, 512, 768, 1024, 2048)), (256, 64), (256, 128), (1024, 16)],
+)
+def test_bf16_follows_exact_attention(seq_len, windows):
     """Probabilities and their gradients are rounded to BF16 once, before products."""
-    found = errors(seq_len, 2, YXANUL_197M, torch.bfloat16, "cuda")
+    found = errors(seq_len, windows, YXANUL_197M, torch.bfloat16, "cuda")
     assert max(found) < 6e-3, found
 
 

@@ -21,41 +21,32 @@ from yxanul_nemo.kernels.causal_attention_kernels import (
     query_gradient_kernel,
     tiled_forward_kernel,
 )
+from yxanul_nemo.kernels.tile_limits import BLOCK
 
-BLOCK = 64
-"""Tokens of a tile; windows are whole numbers of them."""
-SHORTEST_WINDOW = 128
-"""At 128 tokens these kernels are as fast as `window_attention` or a little faster (LOG.md); below they would fill half a tile or none."""
-LONGEST_WINDOW = 2048
-"""Up to here they are faster than cuDNN's, at 4096 slower (LOG.md): the longer a window, the more count the two products that it saves."""
-HEAD_DIM = 64
-"""Width of a head that their tiles are chosen for."""
-CAPABILITY = 9
-"""Major compute capability (Hopper) on which they were measured."""
 FORWARD_REGISTERS = 96
 """Of a thread, so that five programs fit on a multiprocessor with two stages, which saves 9 to 21% of the kernel's time (LOG.md)."""
 KEY_VALUE_REGISTERS = 168
 """Of a thread, so that three programs fit on a multiprocessor, which saves 8% of the kernel's time (LOG.md)."""
+ENOUGH_PROGRAMS = 384
+"""Programs of `key_value_gradients_kernel` that keep an H100 busy, about three on each multiprocessor. Where whole groups of heads make
+fewer, each has a part of a group."""
+SHORTEST_PARTED = 1024
+"""Programs of shorter windows end soon, and adding parts up costs more than they save (LOG.md)."""
 
 
-def why_unsupported(dtype: torch.dtype, seq_len: int, head_dim: int, capability: tuple[int, int]) -> str | None:
-    """Why these kernels are not for such queries, or None if they are."""
-    if capability[0] != CAPABILITY:
-        return f"the GPU has compute capability {capability[0]}.{capability[1]}, not {CAPABILITY}"
-    if dtype != torch.bfloat16:
-        return f"queries are {dtype}, not torch.bfloat16"
-    if head_dim != HEAD_DIM:
-        return f"the head dimension is {head_dim}, not {HEAD_DIM}"
-    if seq_len % BLOCK or not SHORTEST_WINDOW <= seq_len <= LONGEST_WINDOW:
-        return f"windows of {seq_len} tokens are not a multiple of {BLOCK} from {SHORTEST_WINDOW} to {LONGEST_WINDOW}"
-    return None
+def parts_of_heads(seq_len: int, programs: int, per_group: int) -> int:
+    """Into how many equal parts the heads of a group go, so that there are enough programs if a whole group makes so many."""
+    if seq_len < SHORTEST_PARTED:
+        return 1
+    divisors = (parts for parts in range(1, per_group + 1) if per_group % parts == 0)
+    return next((parts for parts in divisors if programs * parts >= ENOUGH_PROGRAMS), per_group)
 
 
 def causal_attention(q_TBHD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, starts_BT: Tensor | None = None) -> Tensor:
     """Attention of each window's tokens to themselves and what is before them; scores are scaled by 1 / sqrt(head_dim).
 
     Args:
-        q_TBHD: [tokens, windows, query heads, head_dim] BF16; as `why_unsupported` has it, and FP32 in Triton's interpreter.
+        q_TBHD: [tokens, windows, query heads, head_dim] BF16; as `tile_limits.why_unsupported` has it, and FP32 in Triton's interpreter.
         k_TBGD, v_TBGD: [tokens, windows, groups, head_dim]; query head h sees those of group h // (query heads / groups).
         starts_BT: the first token of its window that each token sees [windows, tokens] int32, at most its own place and never less than
             that of the token before (`model.documents.document_starts`); None: 0 for all.
@@ -87,6 +78,11 @@ class _Launch(NamedTuple):
     def exponent(self) -> float:
         """Of 2, so that its power is e to the scaled score."""
         return self.scale * math.log2(math.e)
+
+    @property
+    def parts(self) -> int:
+        """That the heads of a group are parted into for the gradients of keys and values."""
+        return parts_of_heads(self.seq_len, *self.grid(self.groups), self.heads // self.groups)
 
     def grid(self, heads: int) -> tuple[int]:
         """A program for each tile of each of so many heads."""
@@ -131,17 +127,32 @@ class _CausalAttention(torch.autograd.Function):
         q, k, v, out, lse, starts = ctx.saved_tensors
         launch: _Launch = ctx.launch
         dout = dout_TBO.contiguous().view_as(q)
-        dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
+        dq, delta = torch.empty_like(q), torch.empty_like(lse)
+        dk, dv = (_room_for_parts(x, launch.parts) for x in (k, v))
         sizes = (launch.seq_len, launch.exponent, launch.scale)
         query_gradient_kernel[launch.grid(launch.heads)](
             *map(_tiles, (q, k, v, out, dout, dq)), starts, lse, delta, *sizes, **launch.constants, num_stages=2
         )
         last_tile = None if starts is None else _last_tile(starts)
-        key_value_gradients_kernel[launch.grid(launch.groups)](
-            *map(_tiles, (q, k, v, dout, dk, dv)), starts, last_tile, lse, delta, *sizes, **launch.constants,
+        key_value_gradients_kernel[launch.grid(launch.groups * launch.parts)](
+            *map(_tiles, (q, k, v, dout, dk, dv)), starts, last_tile, lse, delta, *sizes, launch.parts, **launch.constants,
             num_stages=3, maxnreg=KEY_VALUE_REGISTERS,
         )  # fmt: skip
-        return dq, dk, dv, None
+        return dq, *(_sum_of_parts(dx, x) for dx, x in ((dk, k), (dv, v))), None
+
+
+def _room_for_parts(x_TBGD: Tensor, parts: int) -> Tensor:
+    """For the gradient of x, or for those of its parts [T, B, G x parts, D] in FP32."""
+    seq_len, windows, groups, head_dim = x_TBGD.shape
+    if parts == 1:
+        return torch.empty_like(x_TBGD)
+    return x_TBGD.new_empty(seq_len, windows, groups * parts, head_dim, dtype=torch.float32)
+
+
+def _sum_of_parts(dx_TBPD: Tensor, x_TBGD: Tensor) -> Tensor:
+    if dx_TBPD.shape == x_TBGD.shape:
+        return dx_TBPD
+    return dx_TBPD.unflatten(2, (x_TBGD.size(2), -1)).sum(dim=3).to(x_TBGD.dtype)
 
 
 def _last_tile(starts_BT: Tensor) -> Tensor:

@@ -163,19 +163,21 @@ def _add_to_key_value_gradients(
 @triton.jit
 def key_value_gradients_kernel(
     q_desc, k_desc, v_desc, dout_desc, dk_desc, dv_desc, starts, last_tile, lse, delta, seq_len, exponent, scale,
-    heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PARTS: tl.constexpr, heads: tl.constexpr, per_group: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile of keys and values, and all queries that see them, of all heads of the group. `delta` is there already.
+    """One program: a tile of keys and values, and all queries that see them, of one of PARTS equal parts of the group's heads, which have
+    results of their own. `delta` is there already.
 
     last_tile: number of the last tile of queries that see one of these keys [windows, tiles] int32; None with `starts`.
     """
     tiles = seq_len // BLOCK
-    group, place = _tile(tiles)
-    n, first_head = place * BLOCK, group * per_group
+    part, place = _tile(tiles)
+    group, per_part = part // PARTS, per_group // PARTS
+    n, first_head = place * BLOCK, part * per_part
     k_ND = k_desc.load([n, group * WIDTH])
     v_ND = v_desc.load([n, group * WIDTH])
     dk_ND, dv_ND = tl.zeros([BLOCK, WIDTH], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
-    for i in tl.range(0, per_group):
+    for i in tl.range(0, per_part):
         dk_ND, dv_ND = _add_to_key_value_gradients(
             k_ND, v_ND, q_desc, dout_desc, starts, lse, delta, first_head + i, n, n, dk_ND, dv_ND, seq_len, exponent,
             True, heads, WIDTH, BLOCK,
@@ -184,11 +186,14 @@ def key_value_gradients_kernel(
     later = tiles - 1 - place
     if last_tile is not None:
         later = tl.load(last_tile + group // (heads // per_group) * tiles + place) - place
-    for i in tl.range(0, per_group * later):
+    for i in tl.range(0, per_part * later):
         head, m = first_head + i // later, n + (1 + i % later) * BLOCK
         dk_ND, dv_ND = _add_to_key_value_gradients(
             k_ND, v_ND, q_desc, dout_desc, starts, lse, delta, head, m, n, dk_ND, dv_ND, seq_len, exponent,
             False, heads, WIDTH, BLOCK,
         )  # fmt: skip
-    dk_desc.store([n, group * WIDTH], (dk_ND * scale).to(k_ND.dtype))
-    dv_desc.store([n, group * WIDTH], dv_ND.to(v_ND.dtype))
+    dk_ND *= scale
+    if PARTS == 1:
+        dk_ND, dv_ND = dk_ND.to(k_ND.dtype), dv_ND.to(v_ND.dtype)
+    dk_desc.store([n, part * WIDTH], dk_ND)
+    dv_desc.store([n, part * WIDTH], dv_ND)

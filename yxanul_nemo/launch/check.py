@@ -13,6 +13,7 @@ from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, room_for
+from yxanul_nemo.model.fused_layers import uses_tiles
 from yxanul_nemo.model.memory import MOST_MICRO_BATCH_TOKENS
 from yxanul_nemo.runtime import check_precision, formats_of, resolve_device, resolve_layer_spec, te_version
 
@@ -88,9 +89,9 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
     from yxanul_nemo.model.attention import why_not_tiled
 
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
-    # The project's kernels know neighbours only.
-    is_whole = config.parallel.context_parallel == 1
-    by_tiles = is_whole and config.parallel.tiled_attention and not config.precision.fp8_attention
+    by_tiles = uses_tiles(config.precision, config.parallel)
+    # The kernel for short windows knows neighbours only.
+    by_window = config.parallel.context_parallel == 1
     trained = {phase.seq_len for phase in config.curriculum.phases}
     # Validation is of single documents, which need no mask.
     cases = {(seq_len, config.data.document_mask) for seq_len in trained} | {(config.validation.eval_len, False)}
@@ -99,7 +100,7 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
         if by_tiles and why_not_tiled(dtype, seq_len, config.model.head_dim) is None:
             yield f"{where}: tiled kernels"
             continue
-        if is_whole and why_unsupported(dtype, seq_len, config.model.head_dim) is None:
+        if by_window and why_unsupported(dtype, seq_len, config.model.head_dim) is None:
             yield f"{where}: window kernel"
             continue
         windows = max(1, MOST_MICRO_BATCH_TOKENS // seq_len)

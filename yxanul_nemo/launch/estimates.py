@@ -14,28 +14,35 @@ import numpy as np
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.gpu_table import BY_KEY, Gpu
+from yxanul_nemo.kernels.tile_limits import why_unsupported
 from yxanul_nemo.model.counts import training_flops_per_token
-from yxanul_nemo.model.fused_layers import why_not_fused
+from yxanul_nemo.model.fused_layers import uses_tiles, why_not_fused
 from yxanul_nemo.model.memory import MEASURED_MODEL, MEASURED_VOCAB_SIZE
 
 MEASURED_ON = "one H100 SXM, 197M model, 2026-11-26"
 MEASURED_GPU = BY_KEY["h100"]
 FP8_TOKENS_PER_SECOND = {
-    8: (65_536, 1, 465.9e3), 16: (65_536, 1, 464.0e3), 32: (65_536, 1, 465.5e3), 64: (65_536, 1, 464.6e3), 128: (65_536, 1, 439.5e3),
-    256: (65_536, 1, 402.4e3), 512: (65_536, 1, 392.6e3), 768: (36_864, 2, 367.1e3), 1024: (36_864, 2, 355.9e3), 1536: (36_864, 2, 336.4e3),
-    2048: (40_960, 2, 320.3e3),
+    8: (65_536, 1, 474.2e3), 16: (65_536, 1, 475.3e3), 32: (65_536, 1, 474.9e3), 64: (65_536, 1, 474.8e3), 128: (65_536, 1, 451.6e3),
+    256: (65_536, 1, 443.5e3), 512: (65_536, 1, 430.1e3), 768: (36_864, 2, 400.4e3), 1024: (36_864, 2, 384.8e3), 1536: (36_864, 2, 358.1e3),
+    2048: (40_960, 2, 336.3e3),
 }  # fmt: skip
-"""By sequence length: tokens of a micro-batch, micro-batches of a step, and tokens/s of fp8_hybrid with fused layers and CUDA graph."""
-SECONDS_PER_MICRO_BATCH, SECONDS_PER_STEP = 3.4e-3, 3.3e-3
+"""By sequence length: tokens of a micro-batch, micro-batches of a step, and tokens/s of fp8_hybrid with fused layers, attention by tiles
+and CUDA graph."""
+SECONDS_PER_MICRO_BATCH, SECONDS_PER_STEP = 4.4e-3, 3.0e-3
 """What a micro-batch takes whatever its size, and a step for its update: they carry the rates above over to other sizes. Fitted to steps of
 one and two micro-batches of 16,384 to 65,536 tokens on that H100 (BENCHMARKS.md), which they forecast within 2%."""
-BF16_SHARE = {128: 340.4 / 425.5, 2048: 263.3 / 314.6}
+BF16_SHARE = {128: 345.5 / 437.4, 2048: 277.3 / 331.5}
 """Of FP8's speed, in BF16 with the same micro-batches: both in one run of `benchmarks/peers.py` (2026-11-26)."""
 TYPICAL_STEP = 32_768, 2
 """Micro-batch and micro-batches of a step that are assumed where the GPU is another: smaller ones are full with less, and how much was not
 measured."""
 MODULES_SHARE = 0.945
 """Of the speed of fused layers, with Transformer Engine's modules in FP8: 0.937 to 0.946 at 128, 512 and 2048 tokens (2026-11-26)."""
+OTHER_ATTENTION_SHARE = {
+    64: 1.0, 128: 444.4 / 450.0, 256: 406.5 / 439.3, 512: 393.7 / 422.5, 1024: 367.3 / 389.0, 2048: 327.4 / 341.3
+}  # fmt: skip
+"""Of the speed of attention by tiles, with cuDNN's, and at 128 tokens with the kernel for short windows: one H100, pairs of one day
+(2026-11-26), BENCHMARKS.md."""
 H200_SHARE = 1 / 0.92
 """Of an H100's speed: the H100 had 0.90 to 0.93 of an H200's at the lengths of the h100 curriculum (2026-11-26). Both have the same peak;
 the H100's memory is slower."""
@@ -94,6 +101,8 @@ def forecast_speed(
     share = H200_SHARE if gpu.key == "h200" else 1.0
     if precision.is_fp8 and why_not_fused(model, precision, parallel) is not None:
         share *= MODULES_SHARE
+    if not uses_tiles(precision, parallel) or why_unsupported(True, seq_len, model.head_dim, gpu.capability):
+        share *= _over_lengths(OTHER_ATTENTION_SHARE, seq_len)
     rate = share * of_peak / (flops / _flops_per_second(seq_len) + _fixed_seconds_per_token(*step))
     if not precision.is_fp8:
         rate *= _over_lengths(BF16_SHARE, seq_len)

@@ -7,9 +7,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from yxanul_nemo.kernels.causal_attention import causal_attention
-from yxanul_nemo.kernels.causal_attention import why_unsupported as why_tiles_cannot
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.split_rope import split_rope
+from yxanul_nemo.kernels.tile_limits import why_unsupported as why_tiles_cannot
 from yxanul_nemo.kernels.window_attention import why_unsupported, window_attention
 from yxanul_nemo.model.documents import hidden_tokens
 
@@ -23,7 +23,7 @@ class WindowSelfAttention(SelfAttention):
     """
 
     uses_tiles = False
-    """`parallel.tiled_attention`."""
+    """`model.fused_layers.uses_tiles`."""
 
     def forward(
         self,
@@ -100,4 +100,4 @@ class WindowSelfAttention(SelfAttention):
 
 def why_not_tiled(dtype: torch.dtype, seq_len: int, head_dim: int) -> str | None:
     """Why `causal_attention` is not for such queries on this process's GPU, or None."""
-    return why_tiles_cannot(dtype, seq_len, head_dim, torch.cuda.get_device_capability())
+    return why_tiles_cannot(dtype == torch.bfloat16, seq_len, head_dim, torch.cuda.get_device_capability())

@@ -5,7 +5,7 @@ import torch
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.log import logger
-from yxanul_nemo.model.fused_layers import why_not_fused
+from yxanul_nemo.model.fused_layers import uses_tiles, why_not_fused
 from yxanul_nemo.model.gpt import YxanulGPT, transformer_config
 from yxanul_nemo.model.init import initialize
 from yxanul_nemo.runtime import check_precision, init_process_groups, resolve_device, resolve_layer_spec
@@ -45,7 +45,7 @@ def build_model(
         vocab_size,
         layer_spec,
         fused_layers=modules_because is None,
-        tiled_attention=parallel.tiled_attention and not precision.fp8_attention,
+        tiled_attention=uses_tiles(precision, parallel),
     )
     if drawn:
         initialize(built, model, seed)

@@ -1,4 +1,4 @@
-"""Whether a model's layers run through the project's kernels (`model.fused_block`), by configuration alone. No torch."""
+"""Whether a model's layers (`model.fused_block`) and attention run through the project's kernels, by configuration alone. No torch."""
 
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
@@ -24,3 +24,11 @@ def why_not_fused(model: ModelConfig, precision: PrecisionConfig, parallel: Para
     if model.head_dim & (model.head_dim - 1):
         return f"model.head_dim={model.head_dim} is no power of two"
     return None
+
+
+def uses_tiles(precision: PrecisionConfig, parallel: ParallelConfig) -> bool:
+    """Whether attention on a GPU is by tiles where these are for its windows (`kernels.tile_limits`).
+
+    A context-parallel rank's tokens are not neighbours, and FP8 attention is cuDNN's.
+    """
+    return parallel.tiled_attention and parallel.context_parallel == 1 and not precision.fp8_attention

@@ -122,8 +122,8 @@ class ParallelConfig(Section):
     cuda_graph: bool = True
     """Replay forward and backward of a micro-batch as one CUDA graph."""
     deterministic: bool = False
-    """Only kernels whose sums have a fixed order, so that a GPU's repeated or resumed run is equal bit by bit; slower at long lengths.
-    A CPU's always are."""
+    """Only kernels whose sums have a fixed order, so that a GPU's repeated or resumed run is equal bit by bit; slower where attention is
+    cuDNN's. A CPU's always are, and so are the project's own kernels (`tiled_attention`)."""
     cpu_threads: int = Field(default=0, ge=0)
     """Threads per process on a CPU; 0: the cores divided by the processes."""
     nccl_timeout_minutes: float = Field(default=10.0, gt=0)

@@ -101,18 +101,26 @@ def forecast_speed(
     share = H200_SHARE if gpu.key == "h200" else 1.0
     if precision.is_fp8 and why_not_fused(model, precision, parallel) is not None:
         share *= MODULES_SHARE
+    attention_share = 1.0
     if not uses_tiles(precision, parallel) or why_unsupported(True, seq_len, model.head_dim, gpu.capability):
-        share *= _over_lengths(OTHER_ATTENTION_SHARE, seq_len)
-    rate = share * of_peak / (flops / _flops_per_second(seq_len) + _fixed_seconds_per_token(*step))
+        attention_share = _over_lengths(OTHER_ATTENTION_SHARE, seq_len)
+    rate = share * attention_share * of_peak / (flops / _flops_per_second(seq_len) + _fixed_seconds_per_token(*step))
     if not precision.is_fp8:
         rate *= _over_lengths(BF16_SHARE, seq_len)
-    if gpu == MEASURED_GPU and share == 1 and _same_shape(model) and vocab_size == MEASURED_VOCAB_SIZE:
+    if (
+        gpu == MEASURED_GPU
+        and share * attention_share == 1
+        and _same_shape(model)
+        and vocab_size == MEASURED_VOCAB_SIZE
+    ):
         if precision.name == "fp8_hybrid" and FP8_TOKENS_PER_SECOND.get(seq_len, ())[:2] == step:
             return Speed(rate, "measured", f"measured on {MEASURED_ON}")
         return Speed(rate, "interpolated", f"interpolated between measurements on {MEASURED_ON}")
     peak = f"{gpu.bf16_flops_per_second / 1e12:g} TFLOP/s of BF16 ({gpu.data_sheet})"
     times = f" x {share:.3g}" if share != 1 else ""
-    return Speed(rate, "roofline", f"{peak}{times} x the share of its peak reached at this length on {MEASURED_ON}")
+    reached = f"the share of its peak reached at this length on {MEASURED_ON}"
+    without_tiles = ", less what attention by tiles gains" if attention_share != 1 else ""
+    return Speed(rate, "roofline", f"{peak}{times} x {reached}{without_tiles}")
 
 
 def _flops_per_second(seq_len: int) -> float:

@@ -9,6 +9,7 @@ import torch
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.kernels.tile_limits import why_unsupported as why_tiles_cannot
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
@@ -85,23 +86,17 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
     """Which attention the layers of Transformer Engine take at each sequence length of the recipe."""
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
-    from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW, why_unsupported
-    from yxanul_nemo.model.attention import why_not_tiled
+    from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW
 
+    capability = torch.cuda.get_device_capability()
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
-    by_tiles = uses_tiles(config.precision, config.parallel)
-    # The kernel for short windows knows neighbours only.
-    by_window = config.parallel.context_parallel == 1
     trained = {phase.seq_len for phase in config.curriculum.phases}
     # Validation is of single documents, which need no mask.
     cases = {(seq_len, config.data.document_mask) for seq_len in trained} | {(config.validation.eval_len, False)}
     for seq_len, masked in sorted(cases):
         where = f"attention   seq_len {seq_len:>5}{' inside documents' if masked else ''}"
-        if by_tiles and why_not_tiled(dtype, seq_len, config.model.head_dim) is None:
-            yield f"{where}: tiled kernels"
-            continue
-        if by_window and why_unsupported(dtype, seq_len, config.model.head_dim) is None:
-            yield f"{where}: window kernel"
+        if own := own_attention(config, dtype, seq_len, capability):
+            yield f"{where}: {own}"
             continue
         windows = max(1, MOST_MICRO_BATCH_TOKENS // seq_len)
         lists = masked and dtype == torch.bfloat16 and seq_len > LONGEST_WINDOW
@@ -124,6 +119,20 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
         chosen = "FlashAttention" if flash else "cuDNN fused" if fused else "unfused" if unfused else "none"
         warning = "  (slow, and memory grows with the square of the length)" if chosen == "unfused" else ""
         yield f"{where}: {chosen}{warning}"
+
+
+def own_attention(config: RunConfig, dtype: torch.dtype, seq_len: int, capability: tuple[int, int]) -> str | None:
+    """Which of the project's kernels attention goes through on such a GPU, as `model.attention` chooses; None: Transformer Engine's."""
+    from yxanul_nemo.kernels.window_attention import why_unsupported
+
+    head_dim = config.model.head_dim
+    is_tiled = why_tiles_cannot(dtype == torch.bfloat16, seq_len, head_dim, capability) is None
+    if is_tiled and uses_tiles(config.precision, config.parallel):
+        return "tiled kernels"
+    # A context-parallel rank's tokens are not neighbours.
+    if config.parallel.context_parallel == 1 and why_unsupported(dtype, seq_len, head_dim) is None:
+        return "window kernel"
+    return None
 
 
 def probe_precision(config: RunConfig, name: str) -> str:

@@ -67,7 +67,10 @@ class WindowSelfAttention(SelfAttention):
 
     def takes_tiles(self, seq_len: int, dtype: torch.dtype) -> bool:
         """Whether windows of this length, whole or with documents in them, go through `causal_attention`."""
-        return self.uses_tiles and why_not_tiled(dtype, seq_len, self.heads.head_dim) is None
+        if not self.uses_tiles:
+            return False
+        capability = torch.cuda.get_device_capability()
+        return why_tiles_cannot(dtype == torch.bfloat16, seq_len, self.heads.head_dim, capability) is None
 
     def attend(
         self,
@@ -96,8 +99,3 @@ class WindowSelfAttention(SelfAttention):
         # What the kernel does not take, FP32 above all, is left to unfused attention.
         mask = hidden_tokens(attention_mask)
         return self.core_attention(query, key, value, mask, attn_mask_type=AttnMaskType.arbitrary)
-
-
-def why_not_tiled(dtype: torch.dtype, seq_len: int, head_dim: int) -> str | None:
-    """Why `causal_attention` is not for such queries on this process's GPU, or None."""
-    return why_tiles_cannot(dtype == torch.bfloat16, seq_len, head_dim, torch.cuda.get_device_capability())

@@ -9,7 +9,6 @@ import torch
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.kernels.tile_limits import why_unsupported as why_tiles_cannot
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import build_model
@@ -122,17 +121,14 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
 
 
 def own_attention(config: RunConfig, dtype: torch.dtype, seq_len: int, capability: tuple[int, int]) -> str | None:
-    """Which of the project's kernels attention goes through on such a GPU, as `model.attention` chooses; None: Transformer Engine's."""
-    from yxanul_nemo.kernels.window_attention import why_unsupported
+    """Which of the project's kernels attention goes through on such a GPU; None: Transformer Engine's."""
+    from yxanul_nemo.model.attention import own_kernel
 
-    head_dim = config.model.head_dim
-    is_tiled = why_tiles_cannot(dtype == torch.bfloat16, seq_len, head_dim, capability) is None
-    if is_tiled and uses_tiles(config.precision, config.parallel):
-        return "tiled kernels"
-    # A context-parallel rank's tokens are not neighbours.
-    if config.parallel.context_parallel == 1 and why_unsupported(dtype, seq_len, head_dim) is None:
-        return "window kernel"
-    return None
+    if config.parallel.context_parallel > 1:
+        # A rank's tokens are not neighbours.
+        return None
+    tiles_on = capability if uses_tiles(config.precision, config.parallel) else None
+    return own_kernel(dtype, seq_len, config.model.head_dim, tiles_on)
 
 
 def probe_precision(config: RunConfig, name: str) -> str:

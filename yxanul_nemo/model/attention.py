@@ -13,6 +13,19 @@ from yxanul_nemo.kernels.tile_limits import why_unsupported as why_tiles_cannot
 from yxanul_nemo.kernels.window_attention import why_unsupported, window_attention
 from yxanul_nemo.model.documents import hidden_tokens
 
+TILES, WINDOW = "tiled kernels", "window kernel"
+
+
+def own_kernel(dtype: torch.dtype, seq_len: int, head_dim: int, tiles_on: tuple[int, int] | None) -> str | None:
+    """Which of the project's kernels attention in such windows is for: TILES (`causal_attention`), WINDOW (`window_attention`) or neither.
+
+    Args:
+        tiles_on: compute capability of the GPU where attention may go by tiles (`model.fused_layers.uses_tiles`), else None.
+    """
+    if tiles_on is not None and why_tiles_cannot(dtype == torch.bfloat16, seq_len, head_dim, tiles_on) is None:
+        return TILES
+    return WINDOW if why_unsupported(dtype, seq_len, head_dim) is None else None
+
 
 class WindowSelfAttention(SelfAttention):
     """Short windows go through `window_attention`, RoPE included; longer ones through `split_rope` and, where `uses_tiles`,
@@ -63,14 +76,15 @@ class WindowSelfAttention(SelfAttention):
 
     def takes_mixed(self, seq_len: int, dtype: torch.dtype) -> bool:
         """Whether whole windows of this length go through `window_attention`, straight from the mixed projection."""
-        return why_unsupported(dtype, seq_len, self.heads.head_dim) is None and not self.takes_tiles(seq_len, dtype)
+        return self._own_kernel(seq_len, dtype) == WINDOW
 
     def takes_tiles(self, seq_len: int, dtype: torch.dtype) -> bool:
         """Whether windows of this length, whole or with documents in them, go through `causal_attention`."""
-        if not self.uses_tiles:
-            return False
-        capability = torch.cuda.get_device_capability()
-        return why_tiles_cannot(dtype == torch.bfloat16, seq_len, self.heads.head_dim, capability) is None
+        return self._own_kernel(seq_len, dtype) == TILES
+
+    def _own_kernel(self, seq_len: int, dtype: torch.dtype) -> str | None:
+        tiles_on = torch.cuda.get_device_capability() if self.uses_tiles else None
+        return own_kernel(dtype, seq_len, self.heads.head_dim, tiles_on)
 
     def attend(
         self,

@@ -50,7 +50,7 @@ def trained_inputs(run_dir: Path, tokens: int) -> tuple[tuple[Tensor, Tensor, Te
     from yxanul_nemo.checkpoint.store import CheckpointStore
     from yxanul_nemo.config.load import load_run_config
     from yxanul_nemo.config.training import PrecisionConfig
-    from yxanul_nemo.data.windows import PhaseWindows, corpus_streams
+    from yxanul_nemo.data.windows import PhaseWindows, Reading, corpus_shards, open_sources
     from yxanul_nemo.runtime import init_process_groups
     from yxanul_nemo.training.restore import restore_model
 
@@ -60,9 +60,11 @@ def trained_inputs(run_dir: Path, tokens: int) -> tuple[tuple[Tensor, Tensor, Te
     checkpoint = CheckpointStore.of_run(config).newest_good()
     assert checkpoint is not None, f"{run_dir} holds no checkpoint"
     model = restore_model(config, checkpoint, manifest.vocab_size, PrecisionConfig(name="bf16"), config.parallel)
-    streams = corpus_streams(config, manifest)[:1]
-    seq_len = config.validation.eval_len
-    ids, labels = PhaseWindows(streams, np.ones(1), [0], seq_len).read(0, tokens // seq_len)
+    seq_len, data = config.validation.eval_len, config.data
+    sources = open_sources(corpus_shards(config, manifest), data.seed, max(data.chunk_tokens, seq_len))[:1]
+    reading = Reading(0, tokens // seq_len, np.ones(1))
+    windows = PhaseWindows(sources, [0], seq_len, [reading], data.shuffle_tokens)
+    ids, labels = windows.read(0, tokens // seq_len)
 
     ids_BT, labels_BT = (torch.from_numpy(x).cuda() for x in (ids, labels))
     return head_inputs(model, ids_BT, labels_BT), manifest.vocab_size

@@ -8,10 +8,12 @@ sequence per document.
 """
 
 import hashlib
+import mmap
 import struct
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -131,25 +133,43 @@ class IndexedWriter:
 
 
 class IndexedTokens:
-    """A .bin/.idx pair, memory-mapped; opening checks the index as a whole against both files' sizes.
+    """A .bin/.idx pair, memory-mapped.
+
+    Opening compares the index's header and its last document with both files' sizes, in constant time. The index as a whole is read
+    and checked when documents are first asked for, since the sequence of all tokens needs no index.
 
     Raises UserError if a file is absent, cut short, damaged or of another kind.
     """
 
     tokens: np.ndarray
     """[tokens] ids of all documents in order, a view of the file."""
-    document_offsets: np.ndarray
-    """[documents + 1] int64: document i is tokens[document_offsets[i]:document_offsets[i + 1]]."""
     dtype: np.dtype
 
     def __init__(self, path_prefix: Path | str):
         self.path_prefix = Path(path_prefix)
-        self.dtype, self.document_offsets = _read_index(idx_path(self.path_prefix))
-        self.tokens = _map_tokens(bin_path(self.path_prefix), self.dtype, int(self.document_offsets[-1]))
+        self._header = _read_header(idx_path(self.path_prefix))
+        self.dtype = self._header.dtype
+        if self._header.tokens * self.dtype.itemsize != _size(bin_path(self.path_prefix)):
+            # The index as a whole shows which of the two is damaged.
+            _read_offsets(idx_path(self.path_prefix), self._header)
+        self._map, self.tokens = _map_tokens(bin_path(self.path_prefix), self.dtype, self._header.tokens)
+
+    @cached_property
+    def document_offsets(self) -> np.ndarray:
+        """[documents + 1] int64: document i is tokens[document_offsets[i]:document_offsets[i + 1]]."""
+        return _read_offsets(idx_path(self.path_prefix), self._header)
 
     def __len__(self) -> int:
         """Number of documents."""
-        return len(self.document_offsets) - 1
+        return self._header.document_bounds - 1
+
+    def will_need(self, first_token: int, end_token: int) -> None:
+        """Have the operating system begin to read tokens `first_token` .. `end_token` - 1 from the disk."""
+        if self._map is None or not hasattr(mmap, "MADV_WILLNEED"):
+            return
+        begin, end = first_token * self.dtype.itemsize, end_token * self.dtype.itemsize
+        begin -= begin % mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_WILLNEED, begin, end - begin)
 
     def document(self, i: int) -> np.ndarray:
         """[length] ids of document i, a view of the file."""
@@ -168,26 +188,58 @@ def _damaged(path: Path, problem: str, expected: str = "") -> UserError:
     )
 
 
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
-    """Type of the ids and [documents + 1] offsets in tokens, from a checked .idx."""
+@dataclass(frozen=True)
+class _Header:
+    """What is known of an .idx without reading it as a whole."""
+
+    dtype: np.dtype
+    sequences: int
+    document_bounds: int
+    tokens: int
+    """End of the last sequence."""
+
+
+def _read_header(path: Path) -> _Header:
+    """Read the header and the last sequence of an .idx, and compare them with its size."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as handle:
             header = handle.read(HEADER.size)
+            if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
+                raise _damaged(path, f"begins with {header[:9]!r}", f"Megatron's index, which begins with {MAGIC!r}")
+            if len(header) < HEADER.size:
+                raise _damaged(path, f"ends after {len(header)} bytes, inside its header of {HEADER.size}")
+            _, version, code, sequences, bounds = HEADER.unpack(header)
+            dtype = _checked_dtype(path, version, code)
+            _check_size(path, size, sequences, bounds)
+            tokens = 0
+            if sequences:
+                handle.seek(HEADER.size + 4 * (sequences - 1))
+                (length,) = struct.unpack("<i", handle.read(4))
+                handle.seek(HEADER.size + 12 * sequences - 8)
+                (pointer,) = struct.unpack("<q", handle.read(8))
+                if length < 0:
+                    raise _damaged(path, f"has a sequence of {length} tokens", "lengths of at least 0")
+                if pointer < 0 or pointer % dtype.itemsize:
+                    raise _damaged(path, "has sequences that do not lie one after another in the .bin")
+                tokens = pointer // dtype.itemsize + length
     except FileNotFoundError:
         raise _damaged(path, "the file does not exist", "a .bin and an .idx side by side") from None
     except OSError as error:
         raise _damaged(path, f"cannot be read ({error.strerror})", "a readable file") from None
-    if header[: len(MAGIC)] != MAGIC[: len(header)] or not header:
-        raise _damaged(path, f"begins with {header[:9]!r}", f"Megatron's index, which begins with {MAGIC!r}")
-    if len(header) < HEADER.size:
-        raise _damaged(path, f"ends after {len(header)} bytes, inside its header of {HEADER.size}")
-    _, version, code, sequences, bounds = HEADER.unpack(header)
+    return _Header(dtype, sequences, bounds, tokens)
+
+
+def _checked_dtype(path: Path, version: int, code: int) -> np.dtype:
     if version != VERSION:
         raise _damaged(path, f"format version {version}", f"version {VERSION}")
     dtype = next((dtype for dtype, known in DTYPE_CODES.items() if known == code), None)
     if dtype is None:
         raise _damaged(path, f"type code {code}", f"a code of whole numbers ({sorted(DTYPE_CODES.values())})")
+    return dtype
+
+
+def _check_size(path: Path, size: int, sequences: int, bounds: int) -> None:
     expected = HEADER.size + 12 * sequences + 8 * bounds
     if size == expected + sequences and sequences:
         raise _damaged(path, "is a multimodal index (it has a mode for each sequence)", "an index of text")
@@ -195,7 +247,16 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
         raise _damaged(path, f"has {size} bytes", f"{expected} for {sequences} sequences and {bounds} document bounds")
     if bounds < 1:
         raise _damaged(path, "has no document bounds", "at least one")
-    raw = np.fromfile(path, dtype=np.uint8, offset=HEADER.size)
+
+
+def _read_offsets(path: Path, header: _Header) -> np.ndarray:
+    """Return [documents + 1] offsets in tokens, from the whole .idx, which is checked."""
+    sequences = header.sequences
+    try:
+        raw = np.fromfile(path, dtype=np.uint8, offset=HEADER.size)
+    except OSError as error:
+        raise _damaged(path, f"cannot be read ({error.strerror})", "a readable file") from None
+    _check_size(path, HEADER.size + len(raw), sequences, header.document_bounds)
     lengths = raw[: 4 * sequences].view("<i4")
     pointers = raw[4 * sequences : 12 * sequences].copy().view("<i8")
     document_bounds = raw[12 * sequences :].copy().view("<i8")
@@ -203,24 +264,29 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray]:
         raise _damaged(path, f"has a sequence of {lengths.min()} tokens", "lengths of at least 0")
     offsets = np.zeros(sequences + 1, dtype=np.int64)
     np.cumsum(lengths, dtype=np.int64, out=offsets[1:])
-    if not np.array_equal(pointers, offsets[:-1] * dtype.itemsize):
+    if not np.array_equal(pointers, offsets[:-1] * header.dtype.itemsize):
         raise _damaged(path, "has sequences that do not lie one after another in the .bin")
     if document_bounds[0] != 0 or document_bounds[-1] != sequences or (np.diff(document_bounds) < 0).any():
         raise _damaged(path, "has document bounds that do not rise from 0 to the number of sequences")
-    return dtype, offsets[document_bounds]
+    return offsets[document_bounds]
 
 
-def _map_tokens(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """[count] ids of the .bin, memory-mapped."""
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError:
-        raise _damaged(path, "the file does not exist", "a .bin and an .idx side by side") from None
+def _map_tokens(path: Path, dtype: np.dtype, count: int) -> tuple[mmap.mmap | None, np.ndarray]:
+    """Map the .bin and return the map with its ids [count]; an empty file has no map."""
+    size = _size(path)
     if size != count * dtype.itemsize:
         raise _damaged(
             path, f"has {size} bytes", f"{count * dtype.itemsize} for the {count} tokens that its .idx speaks of"
         )
     if count == 0:
-        return np.empty(0, dtype=dtype)
-    # As a plain array: each slice of the memmap class costs ten times as much.
-    return np.memmap(path, dtype=dtype.newbyteorder("<"), mode="r", shape=(count,)).view(np.ndarray)
+        return None, np.empty(0, dtype=dtype)
+    with open(path, "rb") as handle:
+        mapped = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    return mapped, np.frombuffer(mapped, dtype=dtype.newbyteorder("<"))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        raise _damaged(path, "the file does not exist", "a .bin and an .idx side by side") from None

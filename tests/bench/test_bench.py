@@ -130,7 +130,7 @@ def test_without_a_corpus_random_tokens_are_used_and_said(
 def test_random_tokens_have_documents_that_attention_can_be_kept_inside(
     tmp_path: Path, make_config: Callable[..., RunConfig]
 ) -> None:
-    tokens = RandomTokens(200_005, 0, seed=1).read(0, 400_000)
+    tokens = RandomTokens(200_005, 0, seed=1).tokens[:400_000]
     assert 400_000 / np.count_nonzero(tokens == 0) == pytest.approx(RANDOM_DOCUMENT_TOKENS, rel=0.1)
     asked = ("bench.seq_len=[128]", "bench.tokens_per_step=2048", "bench.steps=2", "data.document_mask=true")
     assert run_bench_stage(make_config(f"run.dir={tmp_path}", *asked))

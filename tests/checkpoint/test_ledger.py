@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from yxanul_nemo.checkpoint.ledger import Expected, Ledger, PhasePlan
+from yxanul_nemo.checkpoint.ledger import Expected, Ledger, PhasePlan, ReadingRecord
 from yxanul_nemo.errors import UserError
 
 WORDS = PhasePlan(seq_len=8, tokens_per_step=64, planned_tokens=256, lr_scale=0.5, grad_clip=1.0)
@@ -27,6 +27,7 @@ def expected(**changes) -> Expected:
         "tokenizer_fingerprint": "t" * 64,
         "model_fingerprint": "m" * 64,
         "config_fingerprint": "o" * 64,
+        "window_order": "chunks of 6144 tokens, shuffled over 4194304",
         "phases": (WORDS, PAGES),
     }
     return Expected(**(fields | changes))
@@ -201,6 +202,32 @@ def test_another_document_mask_is_named_and_needs_its_escape():
     taken = ledger.require_matches(other, allow=["document_mask"])
     assert taken.document_mask and taken.notes == (f"allowed at 384 tokens: {sentence}",)
     assert taken.require_matches(other) is taken
+
+
+def test_a_run_in_another_order_cannot_go_on(tmp_path):
+    """A run that was begun before windows were shuffled is named by what its ledger lacks."""
+    ledger, sentence = in_second_phase(), r"window_order: the checkpoint's run reads its windows as {}"
+    with pytest.raises(UserError, match=sentence.format("chunks of 6144.*cannot change .window_order.")):
+        ledger.require_matches(expected(window_order="chunks of 8192 tokens, shuffled over 0"), allow=["config"])
+    old = {name: value for name, value in json.loads(ledger.to_json()).items() if name != "window_order"}
+    (tmp_path / "ledger.json").write_text(json.dumps(old))
+    with pytest.raises(UserError, match=sentence.format("documents one after another")):
+        Ledger.read(tmp_path / "ledger.json").require_matches(expected())
+    untrained = Ledger.fresh(expected(window_order="chunks of 8192 tokens, shuffled over 0"))
+    assert untrained.require_matches(expected()) == Ledger.fresh(expected())
+
+
+def test_a_change_of_what_is_read_is_kept_beside_what_was_planned_before():
+    ledger = in_second_phase()
+    first = ReadingRecord(first_window=0, end_window=16, shares={"prose": 0.75, "code": 0.25})
+    planned = ledger.with_reading(first)
+    assert planned.notes == ledger.notes and planned.current.readings == (first,)
+    assert planned.with_reading(first.model_copy(update={"first_window": 4})) == planned
+    other = ReadingRecord(first_window=4, end_window=16, shares={"prose": 0.5, "code": 0.5})
+    changed = planned.with_reading(other)
+    assert changed.current.readings == (first, other)
+    assert changed.notes == ("phase 2 at 384 tokens: reads up to window 16, prose 0.5, code 0.5",)
+    assert Ledger.model_validate_json(changed.to_json()) == changed
 
 
 def test_a_ledger_from_before_document_masks_is_of_whole_windows(tmp_path):

@@ -34,6 +34,7 @@ EXPECTED = Expected(
     tokenizer_fingerprint="t",
     model_fingerprint="m",
     config_fingerprint="o",
+    window_order="w",
     phases=(PLAN, PLAN),
 )
 FILES = ("rank_00000.safetensors", "rank_00001.safetensors", "extra/fp8.json", "empty")

@@ -180,7 +180,7 @@ def test_broken_index_is_named(tmp_path, name):
     bin_path(tmp_path / "x").write_bytes(np.arange(3, dtype=np.int32).tobytes())
     idx_path(tmp_path / "x").write_bytes(BROKEN[name])
     with pytest.raises(UserError, match=r"x\.idx"):
-        IndexedTokens(tmp_path / "x")
+        _ = IndexedTokens(tmp_path / "x").document_offsets
 
 
 def test_the_unbroken_form_of_these_is_readable(tmp_path):
@@ -230,6 +230,8 @@ def test_damaged_index_is_refused_or_still_consistent(fuzzed, data):
     idx_path(prefix).write_bytes(bytes(raw))
     try:
         read = IndexedTokens(prefix)
+        assert len(read.tokens) * read.dtype.itemsize == tokens.nbytes
+        _ = read.document_offsets
     except UserError:
         return
     assert read.document_offsets[0] == 0

@@ -30,7 +30,7 @@ from tests.training.runs import (
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
-from yxanul_nemo.data.windows import PhaseWindows, open_streams
+from yxanul_nemo.data.windows import PhaseWindows, Reading, open_sources
 from yxanul_nemo.training.phases import plan_phases
 
 
@@ -157,7 +157,9 @@ def assert_report_is_what_was_trained_on(config: RunConfig, report: dict, steps:
     names = config.data.source_names
     shards = {name: [IndexedTokens(p) for p in manifest.prefixes(config.data_dir, name, "train")] for name in names}
     shares = normalized_shares(names, phase.blend, {name: manifest.sources[name].tokens("train") for name in names})
-    windows = PhaseWindows(open_streams(shards, config.data.seed), shares, [0] * len(names), phase.seq_len)
+    sources = open_sources(shards, config.data.seed, config.data.chunk_tokens)
+    reading = Reading(0, phase.tokens // phase.seq_len, shares)
+    windows = PhaseWindows(sources, [0] * len(names), phase.seq_len, [reading], config.data.shuffle_tokens)
     assert [step["step_in_phase"] for step in report["steps"]] == list(steps)
     for step in report["steps"]:
         first, last = step["windows"]
@@ -165,7 +167,7 @@ def assert_report_is_what_was_trained_on(config: RunConfig, report: dict, steps:
             (step["step_in_phase"] - 1 + i) * phase.tokens_per_step // phase.seq_len for i in range(2)
         )
         ids, _ = windows.read(first, last - first + 1)
-        source_of = windows.blend.sources(first, last - first + 1)
+        source_of = windows.sources_of(first, last - first + 1)
         for source, name in enumerate(names):
             pieces = [
                 IndexedTokens(piece["shard"]).document(piece["document"])[piece["first_token"] :][: piece["tokens"]]

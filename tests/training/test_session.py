@@ -123,8 +123,8 @@ def test_a_phase_whose_validation_was_lost_is_validated_later(make_run: MakeRun,
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_whole_run_is_fed_the_corpus_exactly_once_per_epoch(make_run: MakeRun, ranks: int) -> None:
-    """Against the .bin files themselves, cut at EOS: in the first epoch every document of a source comes once, whole."""
+def test_a_whole_run_is_fed_the_corpus_once_per_epoch(make_run: MakeRun, ranks: int) -> None:
+    """Against the .bin files themselves: every window is a piece of them, and all tokens come before one comes again."""
     overrides = [
         f"curriculum.phases.{i}.{key}={value}"
         for i, tokens in enumerate((40960, 57344, 57344))
@@ -147,35 +147,25 @@ def test_a_whole_run_is_fed_the_corpus_exactly_once_per_epoch(make_run: MakeRun,
         for source, of_window, next_of_window in zip(Blend(shares).sources(0, len(ids)), ids, labels, strict=True):
             ids_of[source].append(of_window)
             labels_of[source].append(next_of_window)
-    epochs_read = 0
     for source, name in enumerate(names):
-        stream = np.concatenate(ids_of[source])
-        assert np.array_equal(np.concatenate(labels_of[source])[:-1], stream[1:])
-        documents = [
-            document
-            for prefix in manifest.prefixes(config.data_dir, name, "train")
-            for document in cut(np.fromfile(f"{prefix}.bin", dtype=manifest.dtype), manifest.eos_id)
-        ]
-        tokens = manifest.sources[name].tokens("train")
-        for epoch in range(0, len(stream), tokens):
-            whole = stream[epoch : epoch + tokens]
-            pieces = cut(whole, manifest.eos_id)
-            left = Counter(documents)
-            if len(whole) == tokens:
-                epochs_read += 1
-            elif pieces[-1] not in left:
-                assert any(document.startswith(pieces[-1]) for document in left)
-                pieces.pop()
-            left.subtract(pieces)
-            assert min(left.values()) >= 0
-            assert len(whole) < tokens or max(left.values()) == 0
-    assert epochs_read == len(names)
-
-
-def cut(ids: np.ndarray, eos_id: int) -> list[bytes]:
-    """Pieces of a stream that end with EOS, and what is left."""
-    ends = np.flatnonzero(ids == eos_id) + 1
-    return [piece.astype(np.int64).tobytes() for piece in np.split(ids, ends) if len(piece)]
+        corpus = np.concatenate(
+            [
+                np.fromfile(f"{prefix}.bin", dtype=manifest.dtype)
+                for prefix in manifest.prefixes(config.data_dir, name, "train")
+            ]
+        )
+        # The last window of the files may be continued by their first.
+        everything = np.concatenate([corpus, corpus[:256]]).tobytes()
+        for ids, labels in zip(ids_of[source], labels_of[source], strict=True):
+            assert np.array_equal(labels[:-1], ids[1:])
+            assert np.append(ids, labels[-1]).astype(manifest.dtype).tobytes() in everything
+        fed_tokens = np.concatenate(ids_of[source])
+        assert len(fed_tokens) > len(corpus), "the run reads more than an epoch"
+        # Each phase may leave less than a window at the end of a chunk, and the epoch at its own.
+        slack = 256 * (len(PHASES) + 1)
+        first_epoch = Counter(fed_tokens[: len(corpus) - slack].tolist())
+        assert first_epoch <= Counter(corpus.tolist()), "a token came twice before all had come once"
+        assert (Counter(corpus.tolist()) - Counter(fed_tokens[: len(corpus) + slack].tolist())).total() <= slack
 
 
 def test_ranks_and_micro_batch_may_change_in_the_middle(make_run: MakeRun, make_config: MakeRun) -> None:

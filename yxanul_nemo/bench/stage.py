@@ -17,7 +17,7 @@ from yxanul_nemo.bench.measure import measure
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.data.blend import normalized_shares
-from yxanul_nemo.data.windows import PhaseWindows, corpus_streams
+from yxanul_nemo.data.windows import PhaseWindows, Reading, corpus_shards, open_sources
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
@@ -30,6 +30,11 @@ from yxanul_nemo.training.records import peak_flops_per_second
 
 RANDOM_DOCUMENT_TOKENS = 588
 """Mean length of a document of random tokens: that of the documentation corpus in BENCHMARKS.md, in tokens of the 200,005."""
+
+RANDOM_TOKENS = 1 << 24
+"""Random tokens, over which a case begins again."""
+READABLE_TOKENS = 1_000_000_000
+"""Tokens that a case could read, over as many epochs as that takes."""
 
 
 def run_bench_stage(config: RunConfig) -> bool:
@@ -93,33 +98,34 @@ class Corpus:
             f"random tokens of {self.vocab_size:,} in documents of {RANDOM_DOCUMENT_TOKENS} on average (no corpus is prepared in "
             f"{config.data_dir})"
         )
-        self._streams: list[Any] = [RandomTokens(self.vocab_size, self.eos_id, config.data.seed)]
+        self._shards: dict[str, Any] = {"random": [RandomTokens(self.vocab_size, self.eos_id, config.data.seed)]}
         self._shares = np.ones(1)
         if (config.data_dir / MANIFEST_NAME).is_file():
             manifest = load_manifest(config.data_dir)
             names = config.data.source_names
             sizes = source_sizes(config, manifest)
-            self._streams = corpus_streams(config, manifest)
+            self._shards = corpus_shards(config, manifest)
             self._shares = normalized_shares(names, config.curriculum.blend, sizes)
             self.vocab_size, self.eos_id = manifest.vocab_size, manifest.eos_id
             self.description = f"the corpus in {config.data_dir}"
 
     def windows(self, seq_len: int) -> PhaseWindows:
         """Windows from the beginning of each source."""
-        return PhaseWindows(self._streams, self._shares, [0] * len(self._streams), seq_len)
+        data, readings = self.config.data, [Reading(0, READABLE_TOKENS // seq_len, self._shares)]
+        sources = open_sources(self._shards, data.seed, max(data.chunk_tokens, seq_len))
+        return PhaseWindows(sources, [0] * len(sources), seq_len, readings, data.shuffle_tokens)
 
 
 class RandomTokens:
-    """A stream of uniform random tokens with EOS as often as documents end, in the shape of `data.stream.TokenStream`."""
+    """A shard of uniform random tokens with EOS as often as documents end, as far as `ShuffledSource` reads one."""
 
     def __init__(self, vocab_size: int, eos_id: int, seed: int):
-        self.vocab_size, self.eos_id, self._random = vocab_size, eos_id, np.random.default_rng(seed)
+        random = np.random.default_rng(seed)
+        self.tokens = random.integers(0, vocab_size, RANDOM_TOKENS, dtype=np.int32)
+        self.tokens[random.random(RANDOM_TOKENS) < 1 / RANDOM_DOCUMENT_TOKENS] = eos_id
 
-    def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens; `start` is of no consequence."""
-        tokens = self._random.integers(0, self.vocab_size, count)
-        tokens[self._random.random(count) < 1 / RANDOM_DOCUMENT_TOKENS] = self.eos_id
-        return tokens
+    def will_need(self, first_token: int, end_token: int) -> None:
+        """Do nothing: the tokens are in memory."""
 
 
 def _run(config: RunConfig, case: Case, corpus: Corpus, device: str, peak: float | None) -> dict[str, Any]:

@@ -15,6 +15,9 @@ from yxanul_nemo.files import write_text_atomic
 
 MAX_LEDGER_BYTES = 16 << 20
 
+DOCUMENT_ORDER = "documents one after another"
+"""The order of runs that were begun with version 0.1.0, which cannot be read any more."""
+
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -56,6 +59,17 @@ class PhasePlan(_Frozen):
         return self
 
 
+class ReadingRecord(_Frozen):
+    """What a phase was planned to read of the sources, from one of its windows on."""
+
+    first_window: Count
+    """Window of the phase, from 0, from which this holds."""
+    end_window: int = Field(ge=1)
+    """Windows of the whole phase."""
+    shares: dict[str, Share]
+    """Share of each source in the windows, summing to 1."""
+
+
 class PhaseRecord(PhasePlan):
     """One phase that was begun: its plan and what came of it."""
 
@@ -73,6 +87,9 @@ class PhaseRecord(PhasePlan):
     """Shares that the phase is trained with where `curriculum.adapt_blend` moved them from `blend`; None: `blend` itself."""
     precision: str | None = None
     """Number format of the layers, as last trained: with `precision=auto` the one chosen. None: not recorded."""
+    readings: tuple[ReadingRecord, ...] = ()
+    """What the phase was planned to read, first as it began and then after each change of its tokens or blend. They fix the order of its
+    windows."""
 
     @model_validator(mode="after")
     def _sums(self) -> Self:
@@ -106,6 +123,8 @@ class Expected(_Frozen):
     """Of those settings outside the curriculum that decide the training, such as the optimizer's; not of logging."""
     document_mask: bool = False
     """Whether attention stays inside documents."""
+    window_order: str
+    """How windows are ordered (`yxanul_nemo.training.reading.window_order`)."""
     phases: tuple[PhasePlan, ...]
     """The whole curriculum."""
 
@@ -139,6 +158,8 @@ class Ledger(_Frozen):
     config_fingerprint: str
     document_mask: bool = False
     """Whether attention stays inside documents; ledgers from before it could are of whole windows."""
+    window_order: str = DOCUMENT_ORDER
+    """How windows are ordered; ledgers from before there was a choice are of documents in random order, one window after another."""
     notes: tuple[str, ...] = ()
     """What was overridden in this run's life, in words."""
 
@@ -173,7 +194,7 @@ class Ledger(_Frozen):
     @classmethod
     def fresh(cls, expected: Expected) -> "Ledger":
         """The ledger of a run that has consumed nothing."""
-        fields = [f"{name}_fingerprint" for name in FINGERPRINTS] + ["document_mask"]
+        fields = [f"{name}_fingerprint" for name in FINGERPRINTS] + ["document_mask", "window_order"]
         return cls(**{name: getattr(expected, name) for name in fields})
 
     @classmethod
@@ -293,6 +314,22 @@ class Ledger(_Frozen):
             return changed
         return changed.with_note(f"phase {self.phase} at {self.tokens_total} tokens: precision {before} -> {name}")
 
+    def with_reading(self, reading: ReadingRecord) -> "Ledger":
+        """Record what the current phase reads from a window on, if that is not what was planned before; a change leaves a note."""
+        if self.current is None:
+            raise ValueError("no phase was begun")
+        before = self.current.readings
+        if before and (before[-1].end_window, before[-1].shares) == (reading.end_window, reading.shares):
+            return self
+        changed = _with(self.current, readings=(*before, reading))
+        ledger = _with(self, phases=(*self.phases[:-1], changed))
+        if not before:
+            return ledger
+        shares = ", ".join(f"{name} {share:.4g}" for name, share in reading.shares.items())
+        return ledger.with_note(
+            f"phase {self.phase} at {self.tokens_total} tokens: reads up to window {reading.end_window}, {shares}"
+        )
+
     def with_note(self, note: str) -> "Ledger":
         """The same with one more note."""
         return _with(self, notes=(*self.notes, note))
@@ -340,6 +377,10 @@ class Ledger(_Frozen):
         if self.document_mask != expected.document_mask:
             before, now = str(self.document_mask).lower(), str(expected.document_mask).lower()
             found["document_mask"] = f"the checkpoint was trained with data.document_mask={before}, the run says {now}"
+        if self.phases and self.window_order != expected.window_order:
+            found["window_order"] = (
+                f"the checkpoint's run reads its windows as {self.window_order}, the run says {expected.window_order}"
+            )
         for record in self.phases:
             if record.index > len(expected.phases):
                 found[f"phase_{record.index}"] = (
@@ -375,6 +416,8 @@ class Ledger(_Frozen):
 
     def _taking(self, expected: Expected, found: Mapping[str, str]) -> "Ledger":
         ledger = self
+        if self.window_order != expected.window_order:
+            ledger = _with(self, window_order=expected.window_order)
         changes = {}
         for name, sentence in found.items():
             ledger = ledger.with_note(f"allowed at {self.tokens_total} tokens: {name}: {sentence}")

@@ -80,7 +80,13 @@ class DataConfig(Section):
     workers: int = Field(default=0, ge=0)
     """Processes that tokenize; 0: all cores."""
     seed: int = 1234
-    """Seed of the document order."""
+    """Seed of the order in which text is read."""
+    chunk_tokens: int = Field(default=6144, ge=1)
+    """Tokens of the pieces into which each source is cut and which are read in random order; no window crosses the end of one. At least the
+    longest `seq_len`; a multiple of each, or a share of the tokens waits for another epoch."""
+    shuffle_tokens: int = Field(default=4_194_304, ge=0)
+    """Tokens of each source within which windows come in random order, so that a step has windows from many documents; 0: the pieces one
+    window after another."""
     document_mask: bool = False
     """Keep attention in training inside documents: a token sees those of its window from the EOS in front of its document on. `false`: all
     those before it."""

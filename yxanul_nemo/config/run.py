@@ -92,6 +92,11 @@ class RunConfig(Section):
                     f"curriculum phase {number}: seq_len={phase.seq_len} is over parallel.micro_batch_tokens="
                     f"{most}; a micro-batch must hold at least one window"
                 )
+            if phase.seq_len > self.data.chunk_tokens:
+                raise ValueError(
+                    f"curriculum phase {number}: seq_len={phase.seq_len} is over data.chunk_tokens={self.data.chunk_tokens}; a chunk of "
+                    "text must hold at least one window"
+                )
             _check_blend(f"curriculum phase {number}", phase.blend or self.curriculum.blend, self.data.source_names)
         if self.validation.eval_len > limit:
             raise ValueError(

@@ -5,6 +5,7 @@ from yxanul_nemo.checkpoint.ledger import Expected, PhasePlan
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.files import fingerprint
 from yxanul_nemo.training.phases import Phase
+from yxanul_nemo.training.reading import window_order
 
 
 def expected_run(config: RunConfig, manifest: CorpusManifest, phases: list[Phase]) -> Expected:
@@ -23,6 +24,7 @@ def expected_run(config: RunConfig, manifest: CorpusManifest, phases: list[Phase
         model_fingerprint=fingerprint({"model": config.model.model_dump(), "vocab_size": manifest.vocab_size}),
         config_fingerprint=fingerprint(decisive),
         document_mask=config.data.document_mask,
+        window_order=window_order(config.data),
         phases=tuple(phase_plan(phase) for phase in phases),
     )
 

@@ -117,6 +117,14 @@ def check_enough_tokens(config: RunConfig, phases: list[Phase], sizes: Mapping[s
             raise UserError(
                 f"data source {name}", "has no training tokens", "some text", "Check its path and stage=data's counts."
             )
+        longest = max(phase.seq_len for phase in phases)
+        if tokens and sizes[name] < longest:
+            raise UserError(
+                f"data source {name}",
+                f"has {sizes[name]:,} training tokens, fewer than a window of the curriculum",
+                f"at least {longest:,} tokens",
+                "Add text to it, or shorten the windows (curriculum.phases[].seq_len).",
+            )
         epochs[name] = tokens / sizes[name] if tokens else 0.0
         if epochs[name] > config.data.max_epochs:
             raise UserError(

@@ -18,7 +18,7 @@ from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import NumberFormat
 from yxanul_nemo.data.blend import normalized_shares
-from yxanul_nemo.data.windows import PhaseBatches, PhaseWindows, corpus_streams
+from yxanul_nemo.data.windows import PhaseBatches, PhaseWindows, corpus_shards, open_sources
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
@@ -45,6 +45,7 @@ from yxanul_nemo.training.phases import (
 )
 from yxanul_nemo.training.precision_choice import faster_of, formats_for
 from yxanul_nemo.training.random_state import restore_random_state, sharded_random_state
+from yxanul_nemo.training.reading import current_windows, plan_reading
 from yxanul_nemo.training.records import Recorder, Show, log_line, peak_flops_per_second
 from yxanul_nemo.training.saving import CheckpointSaver
 from yxanul_nemo.training.signals import StopNow, StopRequest
@@ -232,10 +233,11 @@ class PhaseSession:
 
     def _windows(self) -> PhaseWindows:
         names = self.config.data.source_names
-        current = self.ledger.current.tokens_per_source
-        before = [self.ledger.tokens_per_source.get(name, 0) - current.get(name, 0) for name in names]
         self.shares = normalized_shares(names, self.ledger.current.adapted_blend or self.phase.blend, self.sizes)
-        return PhaseWindows(corpus_streams(self.config, self.manifest), self.shares, before, self.phase.seq_len)
+        self.ledger = plan_reading(self.ledger, names, self.shares)
+        data = self.config.data
+        sources = open_sources(corpus_shards(self.config, self.manifest), data.seed, data.chunk_tokens)
+        return current_windows(self.ledger, names, sources, data.shuffle_tokens)
 
     def _train(self, first_step: int, stop: StopRequest) -> tuple[PhaseModule, CheckpointSaver]:
         """Train to the end or to a stop; the last save may still be under way."""

@@ -40,8 +40,8 @@ def write_skip_report(
 ) -> None:
     """Write what the steps `first_step` to `last_step` of a phase (from 1) were trained on.
 
-    For each step its windows (from 0, of the phase) and, by source, the piece of its stream in tokens and the documents in it: shard
-    file, number in it, first token and tokens read. `data_prep.indexed.IndexedTokens(shard).document(number)` gives a document's ids.
+    For each step its windows (from 0, of the phase) and, by source, the documents that they are of, in the order of the windows:
+    shard file, number in it, first token and tokens read. `data_prep.indexed.IndexedTokens(shard).document(number)` gives a document's ids.
     """
     report = {
         "phase": phase.number,
@@ -55,22 +55,18 @@ def write_skip_report(
 
 def _step(step: int, phase: Phase, windows: PhaseWindows, source_names: Sequence[str]) -> dict[str, Any]:
     first, end = (step - 1) * phase.windows_per_step, step * phase.windows_per_step
-    bounds = list(zip(windows.start_tokens, *map(windows.tokens_per_source, (first, end)), strict=True))
     sources = {}
-    for name, stream, (start, before, after) in zip(source_names, windows.streams, bounds, strict=True):
-        if after > before:
+    before, after = windows.windows_before(first).tolist(), windows.windows_before(end).tolist()
+    for name, order, begin, stop in zip(source_names, windows.orders, before, after, strict=True):
+        if stop > begin:
+            shards = order.source.shards
+            # A copy, because batches are read ahead from the order itself in a thread.
+            places = copy.copy(order).places(begin, stop - begin).tolist()
             sources[name] = {
-                "stream_tokens": [start + before, start + after],
                 "documents": [
-                    {
-                        "shard": str(stream.shards[piece.shard].path_prefix),
-                        "document": piece.document,
-                        "epoch": piece.epoch,
-                        "first_token": piece.first_token,
-                        "tokens": piece.tokens,
-                    }
-                    # A copy, because batches are read ahead from the stream itself in a thread.
-                    for piece in copy.copy(stream).pieces(start + before, after - before)
+                    piece._asdict() | {"shard": str(shards[piece.shard].path_prefix)}
+                    for place in places
+                    for piece in order.source.documents(place, phase.seq_len)
                 ],
             }
     return {

@@ -17,8 +17,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import load_manifest
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import load_manifest
 from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows, open_streams
 
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)

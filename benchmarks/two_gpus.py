@@ -95,7 +95,7 @@ def measure_layouts(options: argparse.Namespace) -> None:
     from yxanul_nemo.bench.stage import Corpus
     from yxanul_nemo.config.load import compose, parse
     from yxanul_nemo.log import configure_logging
-    from yxanul_nemo.runtime import leave_process_groups, rank_and_processes, resolve_device
+    from yxanul_nemo.machine.runtime import leave_process_groups, rank_and_processes, resolve_device
 
     configure_logging()
     rank, processes = rank_and_processes()
@@ -141,8 +141,8 @@ def measure_layouts(options: argparse.Namespace) -> None:
 def complete(rows: list[dict[str, Any]]) -> None:
     """Add the ratio to one GPU at the same length, and the simulation's tokens/s."""
     from yxanul_nemo.config.load import compose, parse
-    from yxanul_nemo.launch.scaling import Simulator
     from yxanul_nemo.model.memory import MEASURED_VOCAB_SIZE
+    from yxanul_nemo.plan.scaling import Simulator
 
     alone = {row["seq_len"]: row["tokens_per_second"] for row in rows if row["gpus"] == 1 and "error" not in row}
     for row in rows:
@@ -186,7 +186,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware."""
-    from yxanul_nemo.launch.environment import describe_environment
+    from yxanul_nemo.machine.environment import describe_environment
 
     return describe_environment()
 

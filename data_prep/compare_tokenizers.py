@@ -15,13 +15,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.demo_corpus import write_demo_corpus
-from data_prep.encode import is_heldout
+from data_prep.corpus.demo_corpus import write_demo_corpus
+from data_prep.corpus.encode import is_heldout
+from data_prep.corpus.shards import ShardReader, resolve_shards
 from data_prep.prepare import training_texts
-from data_prep.shards import ShardReader, resolve_shards
-from data_prep.superbpe import build_superbpe
-from data_prep.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer
-from data_prep.tokenizer_libraries import read_json
+from data_prep.tokenizers.superbpe import build_superbpe
+from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer
+from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.config.data import SourceConfig, TokenizerConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError

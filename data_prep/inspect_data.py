@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import CorpusManifest, Split, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import CorpusManifest, Split, load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError, nearest
 

@@ -19,10 +19,10 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, models, trainers
 
-from data_prep.shards import ShardReader, resolve_shards
-from data_prep.superbpe_merges import SEPARATOR, MergeRules, learn_merges
-from data_prep.superbpe_rules import assemble, byte_alphabet, superword_rules, token_contents, word_rules
-from data_prep.training_display import TrainingDisplay
+from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.tokenizers.superbpe_merges import SEPARATOR, MergeRules, learn_merges
+from data_prep.tokenizers.superbpe_rules import assemble, byte_alphabet, superword_rules, token_contents, word_rules
+from data_prep.tokenizers.training_display import TrainingDisplay
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import configure_logging, logger
 
@@ -195,7 +195,7 @@ def _first_bytes(texts: Texts, max_bytes: int, advance: Callable[[int], None]) -
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the tool; returns the exit code."""
     # The saving module builds tokenizers through this one, so it is imported here.
-    from data_prep.tokenizer import Tokenizer, save_new
+    from data_prep.tokenizers.tokenizer import Tokenizer, save_new
 
     options = _options(arguments)
     configure_logging()

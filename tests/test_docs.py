@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from yxanul_nemo.config.load import REPO_DIR, compose, parse
+from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.launch.lone_stages import LONE_STAGES
 from yxanul_nemo.launch.stages import selected_stages
-from yxanul_nemo.training.phases import selected_phases
 
 PAGES = [REPO_DIR / "README.md", REPO_DIR / "CONTRIBUTING.md", *sorted((REPO_DIR / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

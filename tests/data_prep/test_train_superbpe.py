@@ -17,9 +17,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_prep.superbpe_merges import SEPARATOR, MergeRules, learn_merges
-from data_prep.superbpe_rules import byte_alphabet
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.superbpe_merges import SEPARATOR, MergeRules, learn_merges
+from data_prep.tokenizers.superbpe_rules import byte_alphabet
+from data_prep.tokenizers.tokenizer import Tokenizer
 from data_prep.train_superbpe import encode_stream, main, train_bpe, train_superbpe
 from yxanul_nemo.errors import UserError
 

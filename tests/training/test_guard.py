@@ -20,7 +20,7 @@ def decide(series: Series, config: GuardsConfig, moves_at: int = -1, folder: Pat
 
     from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
     from yxanul_nemo.config.training import ParallelConfig
-    from yxanul_nemo.runtime import init_process_groups
+    from yxanul_nemo.machine.runtime import init_process_groups
     from yxanul_nemo.training.guard import UpdateGuard
 
     init_process_groups(ParallelConfig(device="cpu"), "cpu", 0)

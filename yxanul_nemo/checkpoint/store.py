@@ -8,7 +8,7 @@ Layout of the folder::
     .tmp-...                      unfinished saves and deletions; `clean_temporaries` removes them
     latest, best                  text pointers for people and tools; resuming goes by the checkpoints themselves
 
-One process writes at a time (see `yxanul_nemo.launch.lock`). Order is by tokens; the clock decides nothing.
+One process writes at a time (see `yxanul_nemo.lock`). Order is by tokens; the clock decides nothing.
 """
 
 import json

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.indexed import IndexedTokens
+from data_prep.corpus.indexed import IndexedTokens
 
 
 class DocumentPiece(NamedTuple):

@@ -11,11 +11,11 @@ from yxanul_nemo.evaluation.generated import PassAt1, gsm8k, humaneval
 from yxanul_nemo.evaluation.harness import require_harness, run_harness
 from yxanul_nemo.evaluation.likelihood import answer
 from yxanul_nemo.evaluation.questions import Question, make_choice, make_cloze
+from yxanul_nemo.evaluation.sources import slug
 from yxanul_nemo.export.source import Loaded, load_source
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.validation.domains import domain_texts
-from yxanul_nemo.validation.sources import slug
 
 MAKERS: dict[str, tuple[Callable[..., list[Question]], bool]] = {
     "choice": (make_choice, True),

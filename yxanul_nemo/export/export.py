@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data_prep.manifest import load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
@@ -34,7 +35,6 @@ from yxanul_nemo.export.record import named_checkpoint, write_record
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
-from yxanul_nemo.training.restore import restore_model
 from yxanul_nemo.validation.record import find_result
 
 UNFINISHED = ".export.tmp"

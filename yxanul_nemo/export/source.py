@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.errors import UserError
@@ -73,8 +73,8 @@ def _from_hf(path: Path) -> Loaded:
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Loaded:
+    from yxanul_nemo.checkpoint.restore import restore_model
     from yxanul_nemo.model.build import reference_precision
-    from yxanul_nemo.training.restore import restore_model
 
     # What it was trained with, whatever the run is configured for now.
     config = load_run_config(checkpoint.path / "config.yaml")

@@ -37,7 +37,7 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         print(help_text())
         return True
     if name == "plan":
-        from yxanul_nemo.launch.plan_stage import run_plan_stage
+        from yxanul_nemo.plan.stage import run_plan_stage
 
         run_plan_stage(config)
         return True
@@ -63,7 +63,7 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         return True
     if name in ("check", "bench"):
         _quiet_libraries()
-        from yxanul_nemo.runtime import leave_process_groups
+        from yxanul_nemo.machine.runtime import leave_process_groups
 
         if name == "bench":
             from yxanul_nemo.bench.stage import run_bench_stage as run
@@ -97,7 +97,7 @@ def _use_models(config: RunConfig, name: str) -> None:
 
         run_import_stage(config)
     else:
-        from yxanul_nemo.validation.sources import validate_sources
+        from yxanul_nemo.evaluation.sources import validate_sources
 
         validate_sources(config)
 

@@ -13,10 +13,10 @@ from typing import BinaryIO
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.launch.display import TaskDisplay
-from yxanul_nemo.launch.gpus import visible_devices
 from yxanul_nemo.launch.interrupts import StopSignals
 from yxanul_nemo.launch.slurm.step import srun_command
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.plan.gpu import visible_devices
 
 WORKER = "yxanul_nemo.launch.worker"
 PR_SET_PDEATHSIG = 1

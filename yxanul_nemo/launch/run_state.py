@@ -1,16 +1,16 @@
 """What of a run is done, by what lies in its folder, and what can be checked before any of the rest is spent. Light."""
 
-from data_prep.manifest import MANIFEST_NAME, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.launch.extras import check_trackers
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.training.identity import expected_run
-from yxanul_nemo.training.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
 from yxanul_nemo.validation.early_stop import early_stop_tokens
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
 from yxanul_nemo.validation.record import find_result, phase_result_path

@@ -7,18 +7,18 @@ from typing import Any
 from data_prep.prepare import run_data_stage
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.files import write_json_atomic, write_text_atomic
-from yxanul_nemo.launch.environment import write_environment
 from yxanul_nemo.launch.interrupts import Interrupted, StopSignals
-from yxanul_nemo.launch.lock import RunLock
 from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
 from yxanul_nemo.launch.processes import Workers
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.lock import RunLock
 from yxanul_nemo.log import configure_logging, logger
-from yxanul_nemo.training.phases import selected_phases
+from yxanul_nemo.machine.environment import write_environment
 from yxanul_nemo.validation.record import find_result
 from yxanul_nemo.validation.table import table
 

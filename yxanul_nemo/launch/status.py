@@ -7,20 +7,20 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.manifest import load_manifest
+from data_prep.corpus.manifest import load_manifest
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import Phase, plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.lock import Owner, running_launcher
-from yxanul_nemo.launch.progress_made import PhaseDone, phases_done
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
 from yxanul_nemo.launch.slurm.commands import JobState
 from yxanul_nemo.launch.slurm.record import ChainRecord, Job, JobNote
 from yxanul_nemo.launch.slurm.script import log_path
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.lock import Owner, running_launcher
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.counts import training_flops_per_token
-from yxanul_nemo.training.phases import Phase, plan_phases
+from yxanul_nemo.plan.progress import PhaseDone, phases_done
 
 ALL_STAGES = ["data", "train", "validate", "export"]
 FILE_WIDTH = 150

@@ -94,7 +94,7 @@ def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
     try:
         run(load_run_config(run_dir / "config.yaml"), task)
         # NCCL complains of processes that end without; after a failure it would wait for the other ranks.
-        from yxanul_nemo.runtime import leave_process_groups
+        from yxanul_nemo.machine.runtime import leave_process_groups
 
         leave_process_groups()
         code = 0

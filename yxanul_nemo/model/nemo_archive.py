@@ -17,15 +17,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
-from data_prep.tokenizer import RECORD_FILE, Tokenizer
-from data_prep.tokenizer_libraries import read_json
+from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer
+from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.safe_config import read_config
-from yxanul_nemo.export.safe_tar import safe_extract
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.model.whole_weights import require_weights, weight_shapes
+from yxanul_nemo.unpacking.safe_config import read_config
+from yxanul_nemo.unpacking.safe_tar import safe_extract
 
 TARGET = "yxanul_nemo.model.nemo_model.YxanulModel"
 CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"

@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 
+from yxanul_nemo.curriculum.schedule import learning_rate
 from yxanul_nemo.figures import count
 from yxanul_nemo.report.gather import Run
 from yxanul_nemo.report.style import (
@@ -18,7 +19,6 @@ from yxanul_nemo.report.style import (
     thinned,
     token_axis,
 )
-from yxanul_nemo.training.schedule import learning_rate
 
 SMOOTHED_FROM = 100
 """Records; with fewer the line itself is quiet enough."""

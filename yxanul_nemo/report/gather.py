@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
+from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import Phase, plan_phases, total_tokens
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.plan import Plan, make_plan
-from yxanul_nemo.launch.progress_made import METRICS_NAME, PhaseDone, phases_done
-from yxanul_nemo.training.phases import Phase, plan_phases, total_tokens
+from yxanul_nemo.plan.plan import Plan, make_plan
+from yxanul_nemo.plan.progress import METRICS_NAME, PhaseDone, phases_done
 from yxanul_nemo.validation.record import phase_result_path
 
 COLUMNS = (

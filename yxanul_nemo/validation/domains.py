@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import CorpusManifest, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import CorpusManifest, load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.outputs import DomainConfig, ValidationConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.validation.files import empty_domain, file_of, texts

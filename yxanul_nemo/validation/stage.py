@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from data_prep.manifest import CorpusManifest, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import CorpusManifest, load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
-from yxanul_nemo.runtime import init_process_groups, outside_training, resolve_device
-from yxanul_nemo.training.agreement import from_first_rank
-from yxanul_nemo.training.phases import plan_phases
-from yxanul_nemo.training.restore import restore_model
+from yxanul_nemo.machine.agreement import from_first_rank
+from yxanul_nemo.machine.runtime import init_process_groups, outside_training, resolve_device
 from yxanul_nemo.validation.domains import load_domains
 from yxanul_nemo.validation.record import checkpoint_result_path, metric_of, settings_fingerprint
 from yxanul_nemo.validation.scoring import Document

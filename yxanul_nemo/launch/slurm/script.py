@@ -6,11 +6,11 @@ from pathlib import Path
 
 from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.processes import process_count
 from yxanul_nemo.launch.slurm.record import FOLDER
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.training.phases import plan_phases
 
 JOB_MODULE = "yxanul_nemo.launch.slurm.job"
 

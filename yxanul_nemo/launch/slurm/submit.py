@@ -12,19 +12,19 @@ from rich.syntax import Syntax
 from data_prep.prepare import run_data_stage
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import batch_layout, plan_phases
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_text_atomic
-from yxanul_nemo.launch.lock import RunLock
 from yxanul_nemo.launch.processes import world_size
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
 from yxanul_nemo.launch.slurm.record import CONFIG_NAME, FOLDER, ChainRecord, Job
 from yxanul_nemo.launch.slurm.script import log_path, render, script_path
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.lock import RunLock
 from yxanul_nemo.log import configure_logging, logger
 from yxanul_nemo.model.memory import with_micro_batch
-from yxanul_nemo.training.phases import batch_layout, plan_phases
 
 FILE_WIDTH = 150
 

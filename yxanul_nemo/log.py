@@ -2,9 +2,19 @@
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 
 logger = logging.getLogger("yxanul")
+NOISY_LOGGERS = (
+    "megatron",
+    "nemo",
+    "nemo_logger",
+    "torch.utils.cpp_extension",
+    "lightning",
+    "lightning.pytorch",
+    "torch.distributed",
+)
 
 
 def configure_logging(log_file: Path | None = None, console: bool = True, level: int = logging.INFO) -> None:
@@ -23,3 +33,10 @@ def configure_logging(log_file: Path | None = None, console: bool = True, level:
         handler = logging.FileHandler(log_file, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(process)d %(message)s"))
         logger.addHandler(handler)
+
+
+def quiet_libraries() -> None:
+    """Libraries warn at import about optional parts that are absent by choice; the log is for the run."""
+    warnings.filterwarnings("ignore")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -13,6 +13,7 @@ import numpy as np
 import tokenizers
 
 from data_prep.tokenizers.superbpe import build_superbpe
+from data_prep.tokenizers.superbpe_training import train_bpe, train_superbpe
 from data_prep.tokenizers.superword_encoder import SuperwordEncoder
 from data_prep.tokenizers.tokenizer_libraries import (
     LIBRARIES,
@@ -22,7 +23,6 @@ from data_prep.tokenizers.tokenizer_libraries import (
     open_library,
     read_json_object,
 )
-from data_prep.train_superbpe import train_bpe, train_superbpe
 from yxanul_nemo.config.data import TokenizerConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint, fsync_dir, sha256_file, write_json_atomic

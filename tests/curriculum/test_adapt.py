@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.curriculum.adapt import adapted_blend, largest_shares, ratios_after, sources_of_domains
+from yxanul_nemo.curriculum.adapt import adapted_blend, largest_shares, sources_of_domains
 from yxanul_nemo.curriculum.phases import check_enough_tokens, plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.validation.record import phase_result_path
+from yxanul_nemo.validation.record import phase_result_path, ratios_after
 
 THREE = parse(compose(["recipe=yxanul_197m_h100", "curriculum.adapt_blend=true"]))
 SIZES = {"text": 7_000_000, "math": 2_000_000, "code": 1_000_000}

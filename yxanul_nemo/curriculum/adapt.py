@@ -3,16 +3,12 @@
 The ledger keeps the blend that a phase began with, so that a resumed phase never computes it anew.
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
-from yxanul_nemo.errors import UserError
-from yxanul_nemo.validation.record import phase_result_path
 
 DIGITS = 4
 """Shares are rounded to this, so that the last bits of a sum on another machine change nothing; `data.blend` knows no finer ones."""
@@ -52,28 +48,3 @@ def largest_shares(shares: np.ndarray, bounds: Sequence[float]) -> np.ndarray:
     """The largest share [sources] that each source could get: its own factor at the upper bound, all others at the lower."""
     low, high = bounds
     return shares * high / (shares * high + (1 - shares) * low)
-
-
-def ratios_after(run_dir: Path, number: int, tokens: int) -> dict[str, float]:
-    """Surprise ratios of bits per byte, by domain, as recorded at the end of phase `number`.
-
-    Args:
-        tokens: of the run, at that end.
-
-    Raises:
-        UserError: it is missing or of another state.
-    """
-    path = phase_result_path(run_dir, number)
-    fix = f"Run `python launcher.py stage=train phases={number}`, which validates again, or set curriculum.adapt_blend=false."
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        if result["tokens_total"] != tokens:
-            raise UserError(path, f"is of {result['tokens_total']:,} tokens", f"{tokens:,}, where the run stands", fix)
-        ratios = {name: float(ratio) for name, ratio in result["surprise_ratio_bits_per_byte"].items()}
-    except FileNotFoundError:
-        raise UserError(path, "does not exist", "the validation that adapts the blend of the next phase", fix) from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(path, f"cannot be read ({error})", "a validation result", fix) from None
-    return ratios

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,10 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.processes import CONTROL, end_with_parent
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.log import configure_logging
+from yxanul_nemo.log import configure_logging, quiet_libraries
 
 RANK = int(os.environ.get("RANK", "0"))
 """Of this process among those that torchrun or Slurm has started."""
-NOISY_LOGGERS = (
-    "megatron",
-    "nemo",
-    "nemo_logger",
-    "torch.utils.cpp_extension",
-    "lightning",
-    "lightning.pytorch",
-    "torch.distributed",
-)
 
 
 def main() -> int:
@@ -143,13 +133,6 @@ def run(config: RunConfig, task: Task) -> None:
         from yxanul_nemo.export.export import export_checkpoint
 
         export_checkpoint(config)
-
-
-def quiet_libraries() -> None:
-    """Libraries warn at import about optional parts that are absent by choice; the log is for the run."""
-    warnings.filterwarnings("ignore")
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

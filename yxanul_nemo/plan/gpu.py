@@ -1,57 +1,9 @@
-"""The GPU that a plan is for: the one found here or the one named. Light: nothing here loads a driver."""
-
-import os
-import shutil
-import subprocess
+"""The GPU that a plan is for, found here or named, and the number format that it is expected to train in."""
 
 from yxanul_nemo.config.run import RunConfig, check_fp8_shapes
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.machine.gpu_table import BY_KEY, Gpu, gpu_named
-
-QUERY_SECONDS = 10.0
-
-
-def found_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as nvidia-smi reports them; none where it is absent, fails or does not answer."""
-    rows = [[part.strip() for part in line.split(",", 2)] for line in _query("index,uuid,name")]
-    visible = visible_devices()
-    if visible is None:
-        return [name for _, _, name in rows]
-    names = []
-    for asked in visible:
-        # CUDA takes the start of a UUID, and nothing that comes after what it does not know.
-        named = [name for index, uuid, name in rows if asked == index or (asked[:1] == "G" and uuid.startswith(asked))]
-        if not named:
-            break
-        names.append(named[0])
-    return names
-
-
-def visible_devices() -> list[str] | None:
-    """What CUDA_VISIBLE_DEVICES lists, numbers or UUIDs; None where it is not set and all GPUs are visible."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
-
-
-def read_power_watts(uuid: str) -> float | None:
-    """What the GPU of this UUID draws now, by nvidia-smi; None where it does not say."""
-    readings = _query("power.draw", f"--id={uuid}")
-    try:
-        return float(readings[0]) if readings else None
-    except ValueError:
-        return None
-
-
-def _query(what: str, *options: str) -> list[str]:
-    if shutil.which("nvidia-smi") is None:
-        return []
-    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits", *options]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=QUERY_SECONDS, check=False)
-    except (subprocess.TimeoutExpired, OSError):
-        return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip()] if done.returncode == 0 else []
 
 
 def choose_gpu(config: RunConfig, found: list[str]) -> tuple[Gpu | None, str]:

@@ -21,8 +21,8 @@ from yxanul_nemo.curriculum.phases import tokens_per_source as planned_tokens_pe
 from yxanul_nemo.curriculum.schedule import learning_rate, warmup_tokens
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.processes import process_count, threads_per_process, world_size
 from yxanul_nemo.machine.gpu_table import Gpu
+from yxanul_nemo.machine.gpus import process_count, threads_per_process, world_size
 from yxanul_nemo.model.counts import parameter_count, training_flops_per_token
 from yxanul_nemo.model.memory import forecast_memory_bytes, with_micro_batch
 from yxanul_nemo.plan.estimates import CHECKPOINT_BYTES_PER_PARAMETER, Speed, forecast_speed

@@ -14,8 +14,8 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.figures import count, duration, rate, size
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.machine.gpus import found_gpus
 from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB
-from yxanul_nemo.plan.gpu import found_gpus
 from yxanul_nemo.plan.plan import Plan, make_plan
 from yxanul_nemo.plan.scaling_table import print_scaling
 

@@ -8,8 +8,7 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.report import ReportConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
-from yxanul_nemo.launch.worker import quiet_libraries
-from yxanul_nemo.log import logger
+from yxanul_nemo.log import logger, quiet_libraries
 
 SAMPLES_NAME = "samples.json"
 TOP_P = 0.95

@@ -18,7 +18,7 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import NumberFormat
-from yxanul_nemo.curriculum.adapt import adapted_blend, ratios_after
+from yxanul_nemo.curriculum.adapt import adapted_blend
 from yxanul_nemo.curriculum.phases import (
     Phase,
     check_chunks,
@@ -38,8 +38,9 @@ from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.model.fp8_state import without_absent_scales
 from yxanul_nemo.model.memory import with_micro_batch
-from yxanul_nemo.training.backend import Backend, forget_backends, make_backend
+from yxanul_nemo.training.backend import Backend, forget_backends
 from yxanul_nemo.training.callbacks import BetweenSteps
+from yxanul_nemo.training.make_backend import make_backend
 from yxanul_nemo.training.metrics import StepMeter
 from yxanul_nemo.training.micro_batch import fit_batch, gpu_memory_bytes
 from yxanul_nemo.training.module import PhaseModule
@@ -51,7 +52,7 @@ from yxanul_nemo.training.signals import StopNow, StopRequest
 from yxanul_nemo.training.sinks import log_validation, make_sinks
 from yxanul_nemo.training.validating import ValidateWithin
 from yxanul_nemo.training.watchdog import Watchdog
-from yxanul_nemo.validation.record import metric_of, phase_result_path
+from yxanul_nemo.validation.record import metric_of, phase_result_path, ratios_after
 from yxanul_nemo.validation.stage import identified, validate_model
 from yxanul_nemo.validation.table import table
 

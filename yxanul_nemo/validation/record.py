@@ -8,6 +8,7 @@ from typing import Any
 
 from yxanul_nemo.checkpoint.store import Checkpoint
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint
 
 _IN_PHASE_NAME = re.compile(r"phase-[0-9]{2,}-tokens-([0-9]{15})\.json")
@@ -69,3 +70,28 @@ def metric_of(result: Mapping[str, Any], metric: str) -> float:
     """The value that `validation.best_metric` names; lower is better."""
     domain, dot, field = metric.rpartition(".")
     return float(result["domains"][domain][field] if dot else result[metric])
+
+
+def ratios_after(run_dir: Path, number: int, tokens: int) -> dict[str, float]:
+    """Surprise ratios of bits per byte, by domain, as recorded at the end of phase `number`.
+
+    Args:
+        tokens: of the run, at that end.
+
+    Raises:
+        UserError: it is missing or of another state.
+    """
+    path = phase_result_path(run_dir, number)
+    fix = f"Run `python launcher.py stage=train phases={number}`, which validates again, or set curriculum.adapt_blend=false."
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["tokens_total"] != tokens:
+            raise UserError(path, f"is of {result['tokens_total']:,} tokens", f"{tokens:,}, where the run stands", fix)
+        ratios = {name: float(ratio) for name, ratio in result["surprise_ratio_bits_per_byte"].items()}
+    except FileNotFoundError:
+        raise UserError(path, "does not exist", "the validation that adapts the blend of the next phase", fix) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(path, f"cannot be read ({error})", "a validation result", fix) from None
+    return ratios

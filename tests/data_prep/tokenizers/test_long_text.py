@@ -13,8 +13,8 @@ from tokenizers import AddedToken
 
 from data_prep.tokenizers import long_text, tokenizer_libraries
 from data_prep.tokenizers.long_text import LongTextEncoder
+from data_prep.tokenizers.superbpe_training import train_bpe, train_superbpe
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.train_superbpe import train_bpe, train_superbpe
 
 DOCUMENTS = list(topics.values())
 EOS = "<|endoftext|>"

@@ -13,7 +13,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from data_prep.tokenizers.superbpe import build_superbpe
 from data_prep.tokenizers.superbpe_rules import byte_alphabet, superword_rules, word_rules
-from data_prep.train_superbpe import train_superbpe
+from data_prep.tokenizers.superbpe_training import train_superbpe
 from yxanul_nemo.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"

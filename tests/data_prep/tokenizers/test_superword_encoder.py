@@ -18,9 +18,9 @@ from tokenizers import normalizers
 
 from data_prep.tokenizers import superword_encoder, superword_tables, tokenizer_libraries
 from data_prep.tokenizers.superbpe import build_superbpe
+from data_prep.tokenizers.superbpe_training import train_bpe, train_superbpe
 from data_prep.tokenizers.superword_encoder import SuperwordEncoder
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.train_superbpe import train_bpe, train_superbpe
 
 DOCUMENTS = list(topics.values())
 EOS = "<|endoftext|>"

@@ -8,9 +8,9 @@ from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.processes import process_count
 from yxanul_nemo.launch.slurm.record import FOLDER
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.machine.gpus import process_count
 
 JOB_MODULE = "yxanul_nemo.launch.slurm.job"
 

@@ -16,7 +16,6 @@ from yxanul_nemo.curriculum.phases import batch_layout, plan_phases
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_text_atomic
-from yxanul_nemo.launch.processes import world_size
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
 from yxanul_nemo.launch.slurm.record import CONFIG_NAME, FOLDER, ChainRecord, Job
@@ -24,6 +23,7 @@ from yxanul_nemo.launch.slurm.script import log_path, render, script_path
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.lock import RunLock
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.machine.gpus import world_size
 from yxanul_nemo.model.memory import with_micro_batch
 
 FILE_WIDTH = 150

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from yxanul_nemo.plan.gpu import found_gpus, read_power_watts
+from yxanul_nemo.machine.gpus import found_gpus, read_power_watts
 
 SCRIPT = """#!/bin/sh
 case "$*" in

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 from data_prep.tokenizers.superbpe_merges import SEPARATOR, MergeRules, learn_merges
 from data_prep.tokenizers.superbpe_rules import byte_alphabet
+from data_prep.tokenizers.superbpe_training import encode_stream, train_bpe, train_superbpe
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.train_superbpe import encode_stream, main, train_bpe, train_superbpe
+from data_prep.train_superbpe import main
 from yxanul_nemo.errors import UserError
 
 DOCUMENTS = list(topics.values())
@@ -209,12 +210,12 @@ def test_heldout_text_comes_back(superbpe):
 @pytest.mark.parametrize("threads", ["1", "2"])
 def test_the_result_does_not_depend_on_threads_or_hash_seeds(superbpe, threads):
     script = (
-        "import sys; from pydoc_data.topics import topics; from data_prep.train_superbpe import train_superbpe\n"
+        "import sys; from pydoc_data.topics import topics; from data_prep.tokenizers.superbpe_training import train_superbpe\n"
         "documents = list(topics.values()); texts = documents[::2] + documents[1::4]\n"
         f"sys.stdout.write(train_superbpe(lambda: iter(texts), {SIZE}, {TRANSITION}, ['{EOS}']).to_str())"
     )
     environment = os.environ | {"RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, cwd=root, capture_output=True, text=True, check=True
     )

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from benchmarks.two_gpus import LAYOUTS, complete
 from yxanul_nemo.config.load import compose, parse
-from yxanul_nemo.config.plan import PlanConfig
+from yxanul_nemo.config.stages import PlanConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.curriculum.phases import batch_layout, plan_phases
 from yxanul_nemo.errors import UserError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
-from yxanul_nemo.config.guards import GuardsConfig
+from yxanul_nemo.config.training import GuardsConfig
 
 Series = list[tuple[float, float]]
 

@@ -16,8 +16,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.adapt import adapted_blend
 from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.data.blend import Blend, normalized_shares
-from yxanul_nemo.validation.early_stop import early_stop_tokens
-from yxanul_nemo.validation.record import in_phase_results, phase_result_path
+from yxanul_nemo.validation.record import early_stop_tokens, in_phase_results, phase_result_path
 
 PHASES = (1, 2)
 WITHIN = ("validation.every_tokens=1500", "validation.every_documents=4")

@@ -7,17 +7,13 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
-from yxanul_nemo.config.bench import BenchConfig
 from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
-from yxanul_nemo.config.guards import GuardsConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
-from yxanul_nemo.config.plan import PlanConfig
-from yxanul_nemo.config.report import ReportConfig
-from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
-from yxanul_nemo.config.use import EvaluateConfig, GenerateConfig
+from yxanul_nemo.config.stages import BenchConfig, EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig
+from yxanul_nemo.config.training import GuardsConfig, OptimConfig, ParallelConfig, PrecisionConfig
 
 
 class RunSection(Section):

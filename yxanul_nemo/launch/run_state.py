@@ -1,19 +1,20 @@
 """What of a run is done, by what lies in its folder, and what can be checked before any of the rest is spent. Light."""
 
+import importlib.util
+
 from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.config.outputs import LoggingConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.record import is_exported
-from yxanul_nemo.launch.extras import check_trackers
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.validation.early_stop import early_stop_tokens
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
-from yxanul_nemo.validation.record import find_result, phase_result_path
+from yxanul_nemo.validation.record import early_stop_tokens, find_result, phase_result_path
 
 
 class RunState:
@@ -101,3 +102,14 @@ class RunState:
         if phase_result_path(self.config.run.dir, number).is_file():
             return True
         return not any(c.phase == number and c.phase_end for c in self.store.list())
+
+
+def check_trackers(config: LoggingConfig) -> None:
+    """Refuse a tracker whose package is not installed."""
+    for key, asked in (("wandb", config.wandb), ("mlflow", config.mlflow)):
+        if asked and importlib.util.find_spec(key) is None:
+            raise UserError(
+                f"logging.{key}",
+                f"is {asked}, but the package {key} is not installed",
+                fix=f"Run `uv sync --extra {key}`, or set logging.{key}=false.",
+            )

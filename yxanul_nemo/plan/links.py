@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from yxanul_nemo.config.plan import PlanConfig
+from yxanul_nemo.config.stages import PlanConfig
 
 
 @dataclass(frozen=True)

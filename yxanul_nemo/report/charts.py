@@ -25,7 +25,7 @@ SMOOTHED_FROM = 100
 LABEL_SHARE = 0.07
 """Of a chart's width, that a label takes."""
 BOUNDS = (0.85, 1.3)
-"""Of surprise ratios: beyond them the blend should change (`validation.surprise.advice`)."""
+"""Of surprise ratios: beyond them the blend should change (`validation.record.advice`)."""
 
 
 def charts(run: Run) -> dict[str, Chart]:

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
-from yxanul_nemo.config.report import ReportConfig
+from yxanul_nemo.config.stages import ReportConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger, quiet_libraries

@@ -11,7 +11,7 @@ from yxanul_nemo.report.gather import Run
 from yxanul_nemo.report.page import Card, Section, Table, render
 from yxanul_nemo.report.samples import Sample
 from yxanul_nemo.report.style import Chart
-from yxanul_nemo.validation.surprise import advice
+from yxanul_nemo.validation.record import advice
 
 NONE = "-"
 UTC = "%Y-%m-%d %H:%M:%S UTC"

@@ -15,8 +15,12 @@ from yxanul_nemo.machine.agreement import any_rank, failing_together, from_first
 from yxanul_nemo.model.fp8_state import scaling_state_kept
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.signals import StopRequest
-from yxanul_nemo.validation.early_stop import early_stop_tokens
-from yxanul_nemo.validation.record import in_phase_result_path, in_phase_results, settings_fingerprint
+from yxanul_nemo.validation.record import (
+    early_stop_tokens,
+    in_phase_result_path,
+    in_phase_results,
+    settings_fingerprint,
+)
 from yxanul_nemo.validation.stage import run_domains, validate_at_lengths
 from yxanul_nemo.validation.validate import Domains, evenly
 

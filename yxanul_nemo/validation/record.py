@@ -1,6 +1,8 @@
-"""Results of validation on disk: which belong to a checkpoint and to the settings now in force. Light, for the launcher."""
+"""Results of validation: which belong to a checkpoint and to the settings now in force, and what follows from them for the blend and for
+an early stop. Light, for the launcher."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,3 +97,46 @@ def ratios_after(run_dir: Path, number: int, tokens: int) -> dict[str, float]:
             raise
         raise UserError(path, f"cannot be read ({error})", "a validation result", fix) from None
     return ratios
+
+
+def surprise_ratios(values: Mapping[str, float]) -> dict[str, float]:
+    """Each domain's value over the mean of all: of perplexities as the recipe's author defines it, or of bits per byte, where domains
+    compare fairly (perplexity per token depends on how long the tokens of a domain are)."""
+    mean = sum(values.values()) / len(values)
+    return {name: value / mean for name, value in values.items()}
+
+
+def advice(ratio: float) -> str:
+    """What a surprise ratio suggests; between the bounds, nothing."""
+    if ratio > 1.5:
+        return "struggles: more of its data"
+    if ratio > 1.3:
+        return "more of its data"
+    if ratio < 0.8:
+        return "excels: less of its data"
+    if ratio < 0.85:
+        return "less of its data"
+    return ""
+
+
+def early_stop_tokens(config: RunConfig) -> int | None:
+    """Tokens of the run after which so many validations inside phases in a row had not improved `validation.best_metric`.
+
+    It follows from the recorded results alone, so that a run that is killed and repeated ends at the same step. None: go on.
+    """
+    patience, best, waited = config.validation.early_stop_patience, math.inf, 0
+    if patience is None:
+        return None
+    for tokens, path in in_phase_results(config.run.dir):
+        try:
+            value = metric_of(json.loads(path.read_text(encoding="utf-8")), config.validation.best_metric)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            # Not written by us, or of domains that are no longer configured.
+            continue
+        if value < best - config.validation.early_stop_min_improvement:
+            best, waited = value, 0
+        else:
+            waited += 1
+        if waited >= patience:
+            return tokens
+    return None

@@ -5,24 +5,28 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
+from torch import Tensor
 
 from data_prep.corpus.manifest import CorpusManifest, load_manifest
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.training import SHORTEST_CONTEXT_CHUNK
 from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.agreement import from_first_rank
 from yxanul_nemo.machine.runtime import init_process_groups, outside_training, resolve_device
+from yxanul_nemo.model.context import WindowSlices
 from yxanul_nemo.validation.domains import load_domains
 from yxanul_nemo.validation.record import checkpoint_result_path, metric_of, settings_fingerprint
-from yxanul_nemo.validation.scoring import Document
+from yxanul_nemo.validation.scoring import IGNORE_INDEX, Document
 from yxanul_nemo.validation.validate import Domains, score_domains, summarize, validate
-from yxanul_nemo.validation.whole_windows import whole_window_loss
 
 
 def validate_checkpoint(config: RunConfig) -> None:
@@ -105,3 +109,16 @@ def validate_at_lengths(
         nats = score_domains(loss, domains, seq_len, seq_len, settings.batch_tokens, eos_id, device, group)
         result["at_phase_len"] = summarize(domains, nats, seq_len, seq_len)
     return result
+
+
+def whole_window_loss(model: torch.nn.Module, group: dist.ProcessGroup, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Loss of each token [B, T], on every rank of `group`, which shares the model's windows; T may be any length.
+
+    Windows are padded to chunks that attention takes; padding comes last, so nothing scored sees it.
+    """
+    if group.size() == 1:
+        return model(ids_BT, labels_BT)
+    slices, length = WindowSlices(group), ids_BT.size(1)
+    padding = -length % (2 * group.size() * SHORTEST_CONTEXT_CHUNK)
+    ids_BT, labels_BT = F.pad(ids_BT, (0, padding)), F.pad(labels_BT, (0, padding), value=IGNORE_INDEX)
+    return slices.join(model(slices.take(ids_BT), slices.take(labels_BT)))[:, :length]

@@ -8,8 +8,13 @@ import pytest
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.validation.early_stop import early_stop_tokens
-from yxanul_nemo.validation.record import in_phase_result_path, in_phase_results, metric_of, phase_result_path
+from yxanul_nemo.validation.record import (
+    early_stop_tokens,
+    in_phase_result_path,
+    in_phase_results,
+    metric_of,
+    phase_result_path,
+)
 
 MakeConfig = Callable[..., RunConfig]
 

@@ -6,20 +6,19 @@ import pytest
 import yaml
 
 from yxanul_nemo.config.curriculum import CurriculumConfig
-from yxanul_nemo.config.load import CONF_DIR, compose, parse
+from yxanul_nemo.config.load import CONF_DIR, REPO_DIR, compose, parse
 from yxanul_nemo.curriculum.phases import Phase, plan_phases, tokens_per_source, total_tokens
 
 LENGTHS = [8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048]
 LR_LADDER = [0.3, 0.4, 0.5, 0.6, 0.75, 0.85, 0.95, 1.0, 1.0, 1.0]
 CLIP_LADDER = [0.5, 0.5, 0.7, 0.8, 0.9, 1.0, 1.0, 1.0, 1.0, 1.0]
-NAMES = sorted(path.stem for path in (CONF_DIR / "curriculum").glob("*.yaml"))
+FOLDERS = (CONF_DIR / "curriculum", REPO_DIR / "benchmarks" / "conf" / "curriculum")
+FILES = {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
 
 
 def curriculum(name: str) -> CurriculumConfig:
-    """One file of conf/curriculum by the schema alone."""
-    return CurriculumConfig.model_validate(
-        yaml.safe_load((CONF_DIR / "curriculum" / f"{name}.yaml").read_text(encoding="utf-8"))
-    )
+    """One of `FILES` by the schema alone."""
+    return CurriculumConfig.model_validate(yaml.safe_load(FILES[name].read_text(encoding="utf-8")))
 
 
 def phases(name: str) -> list[Phase]:
@@ -27,7 +26,7 @@ def phases(name: str) -> list[Phase]:
     return plan_phases(curriculum(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_every_curriculum_is_named_described_and_blended_in_whole_shares(name: str) -> None:
     config = curriculum(name)
     assert config.name == name
@@ -37,7 +36,7 @@ def test_every_curriculum_is_named_described_and_blended_in_whole_shares(name: s
             assert blend is None or isclose(sum(blend.values()), 1.0, abs_tol=1e-9)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_rounding_to_whole_steps_moves_no_phase_by_more_than_half_a_step(name: str) -> None:
     config = curriculum(name)
     for phase, configured in zip(phases(name), config.phases, strict=True):

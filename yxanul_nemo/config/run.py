@@ -39,12 +39,12 @@ class RunConfig(Section):
     curriculum: CurriculumConfig
     optim: OptimConfig
     precision: PrecisionConfig
-    parallel: ParallelConfig
-    checkpoint: CheckpointConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
     validation: ValidationConfig
-    logging: LoggingConfig
-    export: ExportConfig
+    logging: LoggingConfig = LoggingConfig()
+    export: ExportConfig = ExportConfig()
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
     report: ReportConfig = ReportConfig()

@@ -1,4 +1,4 @@
-"""`conf/plan`, `conf/bench`, `conf/report`, `conf/generate`, `conf/evaluate`: stages that change nothing in a run."""
+"""Sections `plan`, `bench`, `report`, `generate` and `evaluate`, of stages that change nothing in a run."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -30,7 +30,8 @@ class PlanConfig(Section):
     link_efficiency: float = Field(default=0.56, gt=0, le=1)
     """Share of `node_gb_per_second` that collectives reach: an all-reduce of 100 MB on two H100 (2026-11-25, NCCL without multicast)."""
     network_efficiency: float = Field(default=0.8, gt=0, le=1)
-    """Share of `network_gb_per_second` that collectives reach with large messages; assumed."""
+    """Share of `network_gb_per_second` that collectives reach with large messages; assumed. Yours is the bus bandwidth that
+    nccl-tests reports over the speed of the link."""
     node_latency_microseconds: float = Field(default=4.0, ge=0)
     """A hop inside a node: what NCCL's own tuning takes for NVLink (src/graph/tuning.cc: tree, protocol Simple)."""
     network_latency_microseconds: float = Field(default=14.0, ge=0)
@@ -44,9 +45,9 @@ class BenchConfig(Section):
     """Cases of the benchmark. It changes nothing in the run; lists are tried in every combination."""
 
     seq_len: list[int] | None = Field(default=None, min_length=1)
-    """Window lengths in tokens; unset: each phase of the curriculum with its own `tokens_per_step`."""
+    """Window lengths in tokens, as in `[8,2048]`; unset: each phase of the curriculum with its own `tokens_per_step`."""
     precision: list[NumberFormat] | None = Field(default=None, min_length=1)
-    """Number formats; unset: the recipe's, which for `precision=auto` are all that it chooses from."""
+    """Number formats, as in `[bf16,fp8_hybrid]`; unset: the recipe's, which for `precision=auto` are all that it chooses from."""
     micro_batch_tokens: list[int] | None = Field(default=None, min_length=1)
     """Largest micro-batches in tokens; unset: the recipe's."""
     tokens_per_step: int | None = Field(default=None, ge=1)
@@ -111,8 +112,8 @@ class EvaluateConfig(Section):
     memory_limit_mib: int = Field(default=512, ge=64)
     """For one program."""
     harness_tasks: list[str] = Field(default=[])
-    """Tasks of lm-evaluation-harness, by its names (`uv run --with 'lm-eval[hf]' python launcher.py stage=evaluate`); each fetches its
-    own data."""
+    """Tasks of lm-evaluation-harness, by its names (`uv run --with 'lm-eval[hf]' python launcher.py stage=evaluate
+    evaluate.harness_tasks=[piqa]`); each fetches its own data."""
     harness_folder: Path | None = None
     """Folder with tasks of one's own for it (YAML)."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""`conf/optim`, `conf/precision`, `conf/parallel`, `conf/guards`: how the model is trained."""
+"""Sections `optim`, `precision`, `parallel` and `guards`: how the model is trained."""
 
 from typing import Annotated, Literal
 
@@ -156,7 +156,8 @@ class GuardsConfig(Section):
     spike_window_steps: int = Field(default=128, ge=4)
     """Steps that a spike is compared with."""
     hang_minutes: float | None = Field(default=30.0, gt=0, allow_inf_nan=False)
-    """Minutes without a finished step after which each rank shows its stacks and ends; unset: never. The first step counts."""
+    """Minutes without a finished step after which each rank shows its stacks and ends, and training begins again from the newest
+    checkpoint, once; unset: never. The first step, with its compilation, counts."""
 
     @property
     def hang_seconds(self) -> float | None:

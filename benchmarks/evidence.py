@@ -5,8 +5,9 @@
 
 Every run is `python launcher.py --config-dir benchmarks/conf recipe=evidence_...` with the overrides after `--`, stage=data and then
 stage=train. Several share a GPU, which hides their start-ups; so speeds in a shared run mean nothing, and times are computed from
-`stage=bench` at the same shapes (`benchmarks.evidence_tables`). What a run came to is added to OUT/evidence.json when it ends; runs that are there already are not
-repeated. A finished run's checkpoints are removed, except with --keep. Exit code 1 if a run that was asked for has no result.
+`stage=bench` at the same shapes (`benchmarks.evidence_tables`). What a run came to is added to OUT/evidence.json when it ends; runs
+that are there already are not repeated. A finished run's checkpoints are removed, except with --keep. Exit code 1 if a run that was
+asked for has no result.
 """
 
 import argparse

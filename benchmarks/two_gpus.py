@@ -5,7 +5,7 @@
 The 197M model in FP8 on random tokens. One GPU is measured first, lengths spread over both; then both GPUs in each layout, in one pair of
 processes, so that what is imported and compiled serves all of them. Steps have `--tokens-per-step` tokens in all layouts but `data,
 twice the step`, where each GPU has as many as one GPU alone. `predicted` is `stage=plan`'s simulation from the measured speed of one
-GPU and the link speeds of `conf/plan`; `sent` is the time of NCCL's kernels in one step, in which a rank also waits for the other.
+GPU and the link speeds of `plan`; `sent` is the time of NCCL's kernels in one step, in which a rank also waits for the other.
 A layout that fails or takes too long is a line in the table or lacks one; figures so far are kept.
 """
 

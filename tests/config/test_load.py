@@ -14,6 +14,7 @@ from launcher import config_dirs_in
 from yxanul_nemo.config.load import (
     CONF_DIR,
     REPO_DIR,
+    RETIRED_KEYS,
     compose,
     keys_of,
     load_run_config,
@@ -164,6 +165,16 @@ def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = parse(compose())
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert load_run_config(tmp_path / "config.yaml") == config
+
+
+def test_a_configuration_of_an_earlier_version_is_read_and_a_command_line_like_it_refused(tmp_path: Path) -> None:
+    for key in RETIRED_KEYS:
+        stored = OmegaConf.create(to_yaml(parse(compose())))
+        OmegaConf.update(stored, key, None, force_add=True)
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(stored), encoding="utf-8")
+        assert load_run_config(tmp_path / "config.yaml") == parse(compose())
+        with pytest.raises(UserError, match=re.escape(key)):
+            parse(compose([f"+{key}=1"]))
 
 
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b"a: [", b"\xff\xfe", b"run: 3"])

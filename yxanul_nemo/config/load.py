@@ -22,6 +22,8 @@ REPO_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = REPO_DIR / "conf"
 OF_ONE_COMMAND = {"from_", "prompt"}
 """Fields that say nothing of a run."""
+RETIRED_KEYS = ("plan.scale_to",)
+"""Keys of earlier versions that decided nothing about a model. A stored configuration may have them; they are left out."""
 TEXT_KEYS = ("prompt",)
 """Keys whose values are free text, which the command line takes as it is."""
 
@@ -104,6 +106,9 @@ def load_run_config(path: Path) -> RunConfig:
         raise UserError(path, f"cannot be read ({_first_line(error)})", "YAML") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(path, "is not a mapping", "the config.yaml of a run")
+    for section, _, key in (retired.partition(".") for retired in RETIRED_KEYS):
+        if isinstance(loaded.get(section), DictConfig):
+            loaded[section].pop(key, None)
     return parse(loaded)
 
 

@@ -18,8 +18,6 @@ class PlanConfig(Section):
     """GPUs (on a CPU: processes) of the run; `auto`: as the run itself would choose here."""
     price_per_gpu_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Price of one GPU for one hour, in any currency; the cost is in the same."""
-    scale_to: Annotated[int, Field(ge=2)] | None = None
-    """Also say what the run would do on 1, 2, 4, ... up to this many GPUs, from the speeds of links below; null: not."""
     gpus_per_node: int = Field(default=8, ge=1)
     """GPUs of one node."""
     node_gb_per_second: float = Field(default=450.0, gt=0)

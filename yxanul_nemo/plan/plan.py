@@ -28,7 +28,7 @@ from yxanul_nemo.model.memory import forecast_memory_bytes, with_micro_batch
 from yxanul_nemo.plan.estimates import CHECKPOINT_BYTES_PER_PARAMETER, Speed, forecast_speed
 from yxanul_nemo.plan.gpu import check_gpu_precision, choose_gpu, planned_precision
 from yxanul_nemo.plan.progress import PhaseDone, phases_done
-from yxanul_nemo.plan.scaling import RunAtScale, Simulator, gpu_counts
+from yxanul_nemo.plan.scaling import Simulator
 from yxanul_nemo.plan.warnings import plan_warnings
 
 PLAN_VERSION = 1
@@ -121,8 +121,6 @@ class Plan:
     checkpoints_kept: int
     """At most, the one being written included."""
     checkpoints_disk_bytes: int
-    scaling: list[RunAtScale]
-    """The run on 1, 2, 4, ... to `plan.scale_to` GPUs; empty where that is not set."""
     warnings: list[str]
 
     def to_json(self) -> dict[str, Any]:
@@ -193,7 +191,6 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         checkpoint_bytes=parameters * CHECKPOINT_BYTES_PER_PARAMETER,
         checkpoints_kept=kept,
         checkpoints_disk_bytes=kept * parameters * CHECKPOINT_BYTES_PER_PARAMETER,
-        scaling=forecaster.at_scale(phases),
         warnings=plan_warnings(config, gpu, found, ranks, rows, vocab_size, vocab_size_source),
     )
 
@@ -295,18 +292,6 @@ class _Forecaster:
             memory_bytes=memory_bytes,
             done=done,
         )
-
-    def at_scale(self, phases: list[Phase]) -> list[RunAtScale]:
-        """The run on 1, 2, 4, ... to `plan.scale_to` GPUs."""
-        scale_to = self.config.plan.scale_to
-        if scale_to is None:
-            return []
-        if self.gpu is None:
-            raise UserError(
-                "plan.scale_to", f"is {scale_to} for a run on a CPU", "a GPU", "Name one, as in plan.gpu=h100."
-            )
-        simulator = self._simulator()
-        return [simulator.run(phases, gpus) for gpus in gpu_counts(scale_to, simulator.model_ranks)]
 
     def _simulator(self) -> Simulator:
         def speed(seq_len: int, micro_batch_tokens: int, accumulation: int) -> float:

@@ -1,18 +1,16 @@
-"""What a run would do on more GPUs, on paper: measured compute of one GPU, stated speeds of links, and what training sends over them.
+"""Time of a step on several GPUs, on paper: measured compute of one GPU, stated speeds of links, and what training sends over them.
 
 A step of a data-parallel rank is its micro-batches one after another, then one reduction of all gradients in FP32, and, where ranks share
 out the optimizer (`parallel.distributed_optimizer`), an all-gather of the updated parameters. `plan.overlap` is the share of the reduction
 that computing hides (`parallel.overlap_gradients`). `benchmarks/two_gpus.py` prints what this says beside what it measures; the constants
-below and the shares of link speed in `conf/plan` are from two H100 (2026-11-25, BENCHMARKS.md), and steps measured there are within 4%.
+below and the defaults of `plan.link_efficiency` are from two H100 (2026-11-25, BENCHMARKS.md), and steps measured there are within
+4%; more than two GPUs have not been measured.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.curriculum.phases import Phase, batch_layout
-from yxanul_nemo.errors import UserError
 from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.plan.links import Links
 
@@ -50,50 +48,6 @@ class StepTime:
         """Of the whole step."""
         return self.compute_seconds + self.communication_seconds
 
-    @property
-    def communication_share(self) -> float:
-        """Of the step's time."""
-        return self.communication_seconds / self.seconds
-
-
-@dataclass(frozen=True)
-class PhaseAtScale:
-    """One phase on so many GPUs; the names are the keys of `plan.json`."""
-
-    number: int
-    seq_len: int
-    tokens_per_step: int
-    """What the recipe says."""
-    forced_tokens_per_step: int
-    """The least, from there on, that gives every rank whole windows."""
-    tokens_per_rank: int
-    """Of a forced step, for each data-parallel rank."""
-    step_seconds: float
-    communication_share: float
-    efficiency: float
-    """Tokens per second of each GPU against those of one GPU alone with the recipe's steps."""
-    full_tokens_per_step: int
-    """With one micro-batch of `parallel.micro_batch_tokens` for each rank."""
-    full_communication_share: float
-    full_efficiency: float
-
-
-@dataclass(frozen=True)
-class RunAtScale:
-    """The whole run on so many GPUs; the names are the keys of `plan.json`."""
-
-    gpus: int
-    nodes: int
-    tokens_per_second: float
-    """Over the whole run."""
-    total_seconds: float
-    gpu_hours: float
-    communication_share: float
-    efficiency: float
-    full_efficiency: float
-    """The same if every step had a full micro-batch for each rank."""
-    phases: list[PhaseAtScale]
-
 
 class Simulator:
     """Times steps of a run on a number of GPUs.
@@ -107,7 +61,6 @@ class Simulator:
         self.config, self.speed = config, speed
         self.links = Links.of(config.plan)
         self.parameters = parameter_count(config.model, config.model.padded_vocab_size(vocab_size))
-        self.model_ranks = config.parallel.tensor_parallel * config.parallel.context_parallel
 
     def step(self, seq_len: int, micro_batch_tokens: int, accumulation: int, gpus: int) -> StepTime:
         """One step of `accumulation` micro-batches on each data-parallel rank."""
@@ -118,70 +71,6 @@ class Simulator:
         inside = accumulation * self._model_parallel_seconds(micro_batch_tokens)
         reduce, gather = self._data_parallel_seconds(gpus)
         return StepTime(compute, inside + (1 - self.config.plan.overlap) * reduce + gather)
-
-    def run(self, phases: list[Phase], gpus: int) -> RunAtScale:
-        """All phases; steps that the ranks could not share are made larger."""
-        if gpus % self.model_ranks:
-            raise UserError(
-                "plan.scale_to",
-                f"{gpus} GPUs in groups of {self.model_ranks}",
-                f"a number that {self.model_ranks} divides",
-            )
-        rows, seconds, communication, alone, full = [], 0.0, 0.0, 0.0, 0.0
-        for phase in phases:
-            row, spent = self._phase(phase, gpus)
-            # In proportion to tokens: a forced step is larger, and there are fewer of them.
-            steps = phase.tokens / row.forced_tokens_per_step
-            seconds += steps * spent.seconds
-            communication += steps * spent.communication_seconds
-            alone += steps * spent.seconds * row.efficiency
-            full += steps * spent.seconds * row.efficiency / row.full_efficiency
-            rows.append(row)
-        return RunAtScale(
-            gpus=gpus,
-            nodes=math.ceil(gpus / self.links.gpus_per_node),
-            tokens_per_second=sum(phase.tokens for phase in phases) / seconds,
-            total_seconds=seconds,
-            gpu_hours=seconds / 3600 * gpus,
-            communication_share=communication / seconds,
-            efficiency=alone / seconds,
-            full_efficiency=alone / full,
-            phases=rows,
-        )
-
-    def _phase(self, phase: Phase, gpus: int) -> tuple[PhaseAtScale, StepTime]:
-        config, data_parallel = self.config, gpus // self.model_ranks
-        forced = forced_tokens_per_step(config, phase, data_parallel)
-        step = self.step(phase.seq_len, *self._layout(phase, forced, data_parallel), gpus)
-        most = max(phase.seq_len, config.parallel.micro_batch_tokens // phase.seq_len * phase.seq_len)
-        full = self.step(phase.seq_len, most, 1, gpus)
-        one = self._alone_tokens_per_second(phase)
-        row = PhaseAtScale(
-            number=phase.number,
-            seq_len=phase.seq_len,
-            tokens_per_step=phase.tokens_per_step,
-            forced_tokens_per_step=forced,
-            tokens_per_rank=forced // data_parallel,
-            step_seconds=step.seconds,
-            communication_share=step.communication_share,
-            efficiency=forced / step.seconds / gpus / one,
-            full_tokens_per_step=most * data_parallel,
-            full_communication_share=full.communication_share,
-            full_efficiency=most * data_parallel / full.seconds / gpus / one,
-        )
-        return row, step
-
-    def _alone_tokens_per_second(self, phase: Phase) -> float:
-        """Of one GPU that does the recipe's steps by itself, which is what `stage=plan` forecasts for one GPU."""
-        return self.speed(phase.seq_len, *self._layout(phase, phase.tokens_per_step, 1))
-
-    def _layout(self, phase: Phase, tokens_per_step: int, data_parallel: int) -> tuple[int, int]:
-        """(tokens of a micro-batch, micro-batches) of a rank."""
-        resized = replace(phase, tokens_per_step=tokens_per_step)
-        size, accumulation = batch_layout(
-            resized, data_parallel, self.config.parallel.micro_batch_tokens, self.config.precision.token_multiple
-        )
-        return size * phase.seq_len, accumulation
 
     def _data_parallel_seconds(self, gpus: int) -> tuple[float, float]:
         """(to reduce gradients, to gather parameters)."""
@@ -209,15 +98,3 @@ class Simulator:
 def _share_left(ranks: int, repeated: float) -> float:
     """Part of one GPU's computing that each of `ranks` does which share it, but for what each repeats."""
     return repeated + (1 - repeated) / ranks
-
-
-def forced_tokens_per_step(config: RunConfig, phase: Phase, data_parallel: int) -> int:
-    """The phase's tokens per step, or the next number that so many ranks can share in whole windows of allowed micro-batches."""
-    unit = math.lcm(phase.seq_len, config.precision.token_multiple) * data_parallel
-    return math.ceil(phase.tokens_per_step / unit) * unit
-
-
-def gpu_counts(scale_to: int, model_ranks: int) -> list[int]:
-    """1, 2, 4, ... times the GPUs of one model, and `scale_to` itself."""
-    counts = [model_ranks << i for i in range(scale_to.bit_length()) if model_ranks << i < scale_to]
-    return [*counts, scale_to]

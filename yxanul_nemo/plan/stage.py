@@ -17,7 +17,6 @@ from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.machine.gpus import found_gpus
 from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB
 from yxanul_nemo.plan.plan import Plan, make_plan
-from yxanul_nemo.plan.scaling_table import print_scaling
 
 PLAN_NAME = "plan.json"
 MAX_WIDTH = 1000
@@ -63,7 +62,6 @@ def print_plan(plan: Plan, path: Path, console: Console) -> None:
         console.print(table)
     for line in summary_lines(plan):
         console.print(line, soft_wrap=True)
-    print_scaling(plan.scaling, console)
     for warning in plan.warnings:
         console.print(f"[yellow]note:[/yellow] {warning}", soft_wrap=True)
     console.print(f"written: {path}", soft_wrap=True, markup=False)

@@ -23,7 +23,7 @@ SAMPLE_CHARS = 400
 def inspect(config: RunConfig, samples: int = 2) -> None:
     """Print what the run's prepared corpus holds. Raises UserError if it is not prepared yet."""
     manifest = load_manifest(config.data_dir)
-    tokenizer, console = Tokenizer.load(config.run.dir / "tokenizer"), Console()
+    tokenizer, console = Tokenizer.load(config.run.folder.tokenizer), Console()
     show(manifest, config.data_dir, tokenizer, samples, console)
     if config.data.document_mask:
         seq_len = max(phase.seq_len for phase in config.curriculum.phases)

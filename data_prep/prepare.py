@@ -27,7 +27,7 @@ def run_data_stage(config: RunConfig) -> CorpusManifest:
     sources = config.data.sources
     if config.data.demo_corpus:
         sources = write_demo_corpus(data_dir / "corpus", config.data.demo_bytes)
-    folder = config.run.dir / "tokenizer"
+    folder = config.run.folder.tokenizer
     texts = training_texts(sources, config.data.heldout_fraction, config.tokenizer.train_bytes)
     tokenizer = build_tokenizer(config.tokenizer, folder, texts)
     manifest = prepare_corpus(

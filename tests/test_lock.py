@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.lock import LOCK_NAME, RunLock
+from yxanul_nemo.lock import RunLock
+from yxanul_nemo.run_folder import RunFolder
 
 REPO_DIR = Path(__file__).resolve().parents[1]
 HOLD = """
@@ -75,9 +76,9 @@ def test_second_launcher_is_told_who_holds_it(tmp_path):
 def test_kill_minus_9_leaves_no_stale_lock(tmp_path):
     process, _ = start(HOLD, tmp_path)
     stop(process)
-    assert str(process.pid) in (tmp_path / LOCK_NAME).read_text()
+    assert str(process.pid) in RunFolder(tmp_path).lock.read_text()
     with RunLock(tmp_path):
-        assert f'"pid": {os.getpid()}' in (tmp_path / LOCK_NAME).read_text()
+        assert f'"pid": {os.getpid()}' in RunFolder(tmp_path).lock.read_text()
 
 
 @pytest.mark.parametrize("end", ["killed", "exited"])
@@ -116,7 +117,7 @@ def test_makes_the_folder_and_can_be_taken_again(tmp_path):
     lock = RunLock(tmp_path / "runs" / "new")
     for _ in range(2):
         with lock:
-            assert (tmp_path / "runs" / "new" / LOCK_NAME).is_file()
+            assert RunFolder(tmp_path / "runs" / "new").lock.is_file()
 
 
 def test_an_error_inside_frees_it(tmp_path):
@@ -129,23 +130,23 @@ def test_an_error_inside_frees_it(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\x00", b"[1, 2]", b'{"pid": "x"}', b"[" * 65536])
 def test_unreadable_owner_is_still_an_owner(tmp_path, content):
     with RunLock(tmp_path):
-        (tmp_path / LOCK_NAME).write_bytes(content)
+        RunFolder(tmp_path).lock.write_bytes(content)
         with pytest.raises(UserError, match="another launcher"), RunLock(tmp_path):
             pass
 
 
 def test_garbage_of_an_earlier_owner_is_overwritten(tmp_path):
-    (tmp_path / LOCK_NAME).write_bytes(b"x" * 100_000)
+    RunFolder(tmp_path).lock.write_bytes(b"x" * 100_000)
     with RunLock(tmp_path):
-        assert (tmp_path / LOCK_NAME).read_text().startswith("{")
-        assert (tmp_path / LOCK_NAME).stat().st_size < 10_000
+        assert RunFolder(tmp_path).lock.read_text().startswith("{")
+        assert RunFolder(tmp_path).lock.stat().st_size < 10_000
 
 
 def test_follows_no_link(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / LOCK_NAME).symlink_to(victim)
+    RunFolder(tmp_path / "run").lock.symlink_to(victim)
     with pytest.raises(UserError, match="locking the run's folder"), RunLock(tmp_path / "run"):
         pass
     assert victim.read_text() == "precious"

@@ -17,8 +17,8 @@ from typing import Self
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
+from yxanul_nemo.run_folder import RunFolder
 
-LOCK_NAME = ".lock"
 MAX_OWNER_BYTES = 64 << 10
 MAX_SHOWN_CHARS = 200
 POLL_SECONDS = 0.1
@@ -42,7 +42,7 @@ class RunLock:
     """
 
     def __init__(self, run_dir: Path, wait_seconds: float = 0.0):
-        self.path = Path(run_dir) / LOCK_NAME
+        self.path = RunFolder(run_dir).lock
         self.wait_seconds = wait_seconds
         self._fd: int | None = None
 
@@ -138,7 +138,7 @@ def running_launcher(run_dir: Path) -> "Owner | None":
     One on another machine cannot be seen from here.
     """
     try:
-        fd = os.open(Path(run_dir) / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(RunFolder(run_dir).lock, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return None
     try:

@@ -88,6 +88,27 @@ class Tokenizer:
         return cls(library, eos_token, pad_token or named.get("pad_token"), path)
 
     @classmethod
+    def load_known(cls, folder: Path, fingerprint: str, user: str = "the data") -> Self:
+        """Load the tokenizer that something was made with.
+
+        Args:
+            folder: of the tokenizer.
+            fingerprint: which it must have.
+            user: what was made with it, for the message.
+
+        Raises:
+            UserError: it cannot be read, or is another one.
+        """
+        tokenizer = cls.load(folder)
+        if tokenizer.fingerprint != fingerprint:
+            raise UserError(
+                folder,
+                f"is not the tokenizer of {user}",
+                fix="Run `python launcher.py stage=data` again, or copy it back.",
+            )
+        return tokenizer
+
+    @classmethod
     def wrap(cls, made: tokenizers.Tokenizer, eos_token: str, pad_token: str | None, source: object) -> Self:
         """Take over a tokenizer made by this project, which is byte-level and so gives every text back."""
         tokenizer = cls(TokenizersLibrary(made, source), eos_token, pad_token, source)

@@ -21,7 +21,7 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.export import Exporter, chosen_checkpoint, export_checkpoint
+from yxanul_nemo.export.export import Exporter, export_checkpoint
 from yxanul_nemo.export.llama import load_folder
 from yxanul_nemo.export.parity import ParityError, check_parity, expect_weights_rounded, fixed_prompts
 from yxanul_nemo.export.record import is_exported
@@ -298,6 +298,10 @@ def test_the_factorized_folder_keeps_the_small_matrices(make_run: MakeRun) -> No
     assert (theirs(ids_BT).logits - model(ids_BT)).abs().max() < 1e-4
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_folder(folder)
+
+
+def chosen_checkpoint(config: RunConfig) -> Checkpoint:
+    return CheckpointStore.of_run(config).choose(config.export.checkpoint, "export.checkpoint")
 
 
 def test_the_checkpoint_to_export_is_the_one_that_is_named(make_run: MakeRun) -> None:

@@ -63,7 +63,7 @@ def run_bench_stage(config: RunConfig) -> bool:
         "cases": [],
     }
     # Written after every case, so that a run that is cut short keeps what it has measured.
-    path = config.run.dir / "bench" / time.strftime("bench-%Y%m%d-%H%M%S.json")
+    path = config.run.folder.bench / time.strftime("bench-%Y%m%d-%H%M%S.json")
     rates: dict[Shape, float] = {}
     for case in cases:
         row = _describe(case) | _run(config, case, corpus, device, peak)

@@ -14,6 +14,7 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
 from yxanul_nemo.config.stages import BenchConfig, EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig
 from yxanul_nemo.config.training import GuardsConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from yxanul_nemo.run_folder import RunFolder
 
 
 class RunSection(Section):
@@ -27,6 +28,11 @@ class RunSection(Section):
     """Seed of the weights."""
     description: str = ""
     """What this recipe is for."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """Paths of what is in `dir`."""
+        return RunFolder(self.dir)
 
 
 class RunConfig(Section):
@@ -72,7 +78,7 @@ class RunConfig(Section):
     @property
     def data_dir(self) -> Path:
         """Folder with the prepared tokens."""
-        return self.data.dir or self.run.dir / "data"
+        return self.data.dir or self.run.folder.data
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

@@ -35,7 +35,7 @@ def validate_sources(config: RunConfig) -> None:
         raise UserError("from", f"names {len(sources)} models", "one, or two to compare", "As in from=[A,B].")
     documents = domain_texts(config)
     results, nats = zip(*(_score(config, source, documents) for source in sources), strict=True)
-    folder = config.run.dir / "validation" / "from"
+    folder = config.run.folder.validation_of_others
     record: dict[str, Any] = {"models": list(results)}
     name = "-vs-".join(slug(source) for source in sources)
     if len(sources) == 2:

@@ -40,7 +40,7 @@ def run_evaluate_stage(config: RunConfig) -> None:
     result = {"model": loaded.described, "settings": config.evaluate.model_dump(mode="json")}
     result |= evaluate(config, loaded)
     logger.info("%s:\n%s", loaded.described, evaluation_table(result))
-    path = config.run.dir / "evaluation" / f"{slug(sources[0])}.json"
+    path = config.run.folder.evaluation / f"{slug(sources[0])}.json"
     with disk_errors(config.run.dir, "writing an evaluation"):
         write_json_atomic(path, result)
     logger.info("written: %s", path)

@@ -48,7 +48,7 @@ class Workers:
 
     def log_path(self, task: Task) -> Path:
         """File with all that a task has printed."""
-        return self._config.run.dir / "logs" / f"{task.name}.log"
+        return self._config.run.folder.log(task.name)
 
     def start_ahead(self) -> None:
         """Let a worker import what tasks need, where it can wait for one."""

@@ -14,7 +14,7 @@ from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
-from yxanul_nemo.validation.record import early_stop_tokens, find_result, phase_result_path
+from yxanul_nemo.validation.record import early_stop_tokens, find_result
 
 
 class RunState:
@@ -70,7 +70,7 @@ class RunState:
         if any(task.kind == "train" for task in todo):
             check_trackers(self.config.logging)
         if todo and "train" not in self.stages and self.newest() is None:
-            raise UserError(self.store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
+            raise self.store.no_checkpoint()
 
     def check_with_data(self, todo: list[Task]) -> None:
         """The prepared corpus and the newest checkpoint against the configured run; raises UserError."""
@@ -80,7 +80,7 @@ class RunState:
         if any(task.kind != "export" for task in todo):
             check_heldout(config.validation, manifest)
         if any(task.kind == "export" for task in todo) and "gguf" in config.export.formats:
-            folder = config.run.dir / "tokenizer"
+            folder = config.run.folder.tokenizer
             require_expressible(Tokenizer.load(folder), folder)
         if "train" not in self.stages:
             return
@@ -99,7 +99,7 @@ class RunState:
             return True
         if newest.phase < number or (newest.phase == number and not newest.phase_end):
             return False
-        if phase_result_path(self.config.run.dir, number).is_file():
+        if self.config.run.folder.phase_result(number).is_file():
             return True
         return not any(c.phase == number and c.phase_end for c in self.store.list())
 

@@ -25,8 +25,6 @@ from yxanul_nemo.validation.table import table
 STAGES = ("data", "train", "validate", "export")
 LEFTOVER_SECONDS = 60.0
 """How long a repeated command waits for the worker of a launcher that was killed, which saves and ends."""
-PREEMPTED_NAME = "preempted"
-"""File in the run's folder while the last command was stopped by a scheduler's signal."""
 
 
 class StageFailed(Exception):
@@ -89,8 +87,8 @@ def run_here(config: RunConfig, stages: list[str], after: Task | None = None) ->
     with StopSignals() as signals:
         try:
             with RunLock(config.run.dir, LEFTOVER_SECONDS) as lock:
-                configure_logging(config.run.dir / "logs" / "launcher.log")
-                (config.run.dir / PREEMPTED_NAME).unlink(missing_ok=True)
+                configure_logging(config.run.folder.log("launcher"))
+                config.run.folder.preempted.unlink(missing_ok=True)
                 chain = Chain(config, stages, lock.fd, signals)
                 try:
                     chain.run(after)
@@ -98,7 +96,7 @@ def run_here(config: RunConfig, stages: list[str], after: Task | None = None) ->
                     chain.workers.close()
                     if signals.received not in (None, signal.SIGINT):
                         marker = {"signal": signals.received.name, "time_unix": time.time()}
-                        write_json_atomic(config.run.dir / PREEMPTED_NAME, marker)
+                        write_json_atomic(config.run.folder.preempted, marker)
         except Interrupted:
             raise Stopped("the launcher: what is finished is kept.", signals.received) from None
 
@@ -155,10 +153,10 @@ class Chain:
         if self._recorded:
             return
         self._recorded = True
-        run_dir = self.config.run.dir
-        with disk_errors(run_dir, "writing the run's records"):
-            write_text_atomic(run_dir / "config.yaml", to_yaml(self.config))
-            write_environment(run_dir / "environment.json")
+        folder = self.config.run.folder
+        with disk_errors(folder.root, "writing the run's records"):
+            write_text_atomic(folder.config, to_yaml(self.config))
+            write_environment(folder.environment)
 
     def _run_task(self, task: Task, more: bool) -> None:
         code = self.workers.run(task, more)

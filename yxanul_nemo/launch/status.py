@@ -77,7 +77,7 @@ def status_rows(config: RunConfig) -> list[Row]:
     known = _known(chain)
     newest, owner = state.newest(), running_launcher(config.run.dir)
     phases = plan_phases(config.curriculum)
-    done = phases_done(config.run.dir, newest.read_ledger() if newest else None, phases)
+    done = phases_done(config.run.folder.metrics, newest.read_ledger() if newest else None, phases)
     speeds = _Speeds(config, phases, done)
     rows: list[Row] = []
     for task in (Task("data"), *state.tasks):

@@ -25,6 +25,7 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.processes import CONTROL, end_with_parent
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import configure_logging, quiet_libraries
+from yxanul_nemo.run_folder import RunFolder
 
 RANK = int(os.environ.get("RANK", "0"))
 """Of this process among those that torchrun or Slurm has started."""
@@ -82,7 +83,7 @@ def do_in_fork(run_dir: Path, task: Task) -> None:
 def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
     """Do a task, with its begin and end told; returns the exit code."""
     try:
-        run(load_run_config(run_dir / "config.yaml"), task)
+        run(load_run_config(RunFolder(run_dir).config), task)
         # NCCL complains of processes that end without; after a failure it would wait for the other ranks.
         from yxanul_nemo.machine.runtime import leave_process_groups
 

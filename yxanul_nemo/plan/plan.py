@@ -145,7 +145,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
     manifest = load_manifest(config.data_dir) if (config.data_dir / MANIFEST_NAME).exists() else None
     sizes = source_sizes(config, manifest) if manifest else None
     epochs = check_enough_tokens(config, phases, sizes) if sizes else None
-    checkpoint = CheckpointStore(config.run.dir / "checkpoints", verify="size").newest_good()
+    checkpoint = CheckpointStore.of_run(config, verify="size").newest_good()
     ledger = checkpoint.read_ledger() if checkpoint else None
     if checkpoint is not None and manifest is not None:
         expected = expected_run(config, manifest, phases)
@@ -155,7 +155,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
     config = config.model_copy(update={"precision": precision})
     config = with_micro_batch(config, vocab_size, gpu.memory_bytes if gpu else None)
     text = _TextLength(config, manifest, sizes)
-    done = phases_done(config.run.dir, ledger, phases)
+    done = phases_done(config.run.folder.metrics, ledger, phases)
     forecaster = _Forecaster(config, gpu, ranks, data_parallel, vocab_size, text, total_tokens(phases))
     rows = [forecaster.phase(phase, done.get(phase.number)) for phase in phases]
     seconds = sum(row.seconds for row in rows)

@@ -9,9 +9,6 @@ from pathlib import Path
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.curriculum.phases import Phase
 
-METRICS_NAME = "metrics.jsonl"
-"""As `training.sinks` names it, which is not imported here because it needs torch."""
-
 
 @dataclass(frozen=True)
 class PhaseDone:
@@ -29,15 +26,16 @@ class PhaseDone:
     """Of the phase's newest record."""
 
 
-def phases_done(run_dir: Path, ledger: Ledger | None, phases: list[Phase]) -> dict[int, PhaseDone]:
+def phases_done(metrics: Path, ledger: Ledger | None, phases: list[Phase]) -> dict[int, PhaseDone]:
     """The phases that were begun, by number; reads, and changes nothing.
 
     Args:
+        metrics: the run's records (`RunFolder.metrics`).
         ledger: of the newest checkpoint, None where there is none.
         phases: the curriculum, for where each phase begins.
     """
     saved = {record.index: record.consumed_tokens for record in ledger.phases} if ledger else {}
-    records = _records_by_phase(run_dir / METRICS_NAME)
+    records = _records_by_phase(metrics)
     done = {}
     for phase in phases:
         if phase.number not in saved and phase.number not in records:

@@ -18,7 +18,6 @@ from yxanul_nemo.machine.gpus import found_gpus
 from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB
 from yxanul_nemo.plan.plan import Plan, make_plan
 
-PLAN_NAME = "plan.json"
 MAX_WIDTH = 1000
 FILE_WIDTH = 150
 """Columns of the table where it does not go to a terminal."""
@@ -28,8 +27,8 @@ def run_plan_stage(config: RunConfig) -> Plan:
     """Make the plan, write it and print it. Raises what `make_plan` does, and UserError if the folder cannot be written."""
     plan = make_plan(config, found_gpus())
     plan = replace(plan, warnings=plan.warnings + disk_warnings(plan, _free_bytes(config.run.dir)))
-    path = config.run.dir / PLAN_NAME
-    with disk_errors(config.run.dir, f"writing {PLAN_NAME}"):
+    path = config.run.folder.plan
+    with disk_errors(config.run.dir, f"writing {path.name}"):
         write_json_atomic(path, plan.to_json())
     wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
     print_plan(plan, path, Console(width=FILE_WIDTH if wide else None, highlight=False))

@@ -3,7 +3,6 @@ an early stop. Light, for the launcher."""
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,29 +11,22 @@ from yxanul_nemo.checkpoint.store import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint
-
-_IN_PHASE_NAME = re.compile(r"phase-[0-9]{2,}-tokens-([0-9]{15})\.json")
+from yxanul_nemo.run_folder import RunFolder
 
 
 def phase_result_path(run_dir: Path, number: int) -> Path:
     """The validation at the end of a phase."""
-    return run_dir / "validation" / f"phase-{number:02d}.json"
-
-
-def checkpoint_result_path(run_dir: Path, checkpoint: Checkpoint) -> Path:
-    """The validation of a checkpoint by `stage=validate`."""
-    return run_dir / "validation" / f"{checkpoint.path.name}.json"
+    return RunFolder(run_dir).phase_result(number)
 
 
 def in_phase_result_path(run_dir: Path, number: int, tokens: int) -> Path:
     """A validation inside a phase, after `tokens` of the run."""
-    return run_dir / "validation" / f"phase-{number:02d}-tokens-{tokens:015d}.json"
+    return RunFolder(run_dir).in_phase_result(number, tokens)
 
 
 def in_phase_results(run_dir: Path) -> list[tuple[int, Path]]:
     """(tokens of the run, file) of all validations inside phases, in order."""
-    found = ((_IN_PHASE_NAME.fullmatch(path.name), path) for path in (run_dir / "validation").glob("phase-*.json"))
-    return sorted((int(match[1]), path) for match, path in found if match)
+    return RunFolder(run_dir).in_phase_results()
 
 
 DECIDES_NOTHING = {
@@ -58,7 +50,7 @@ def settings_fingerprint(config: RunConfig) -> str:
 def find_result(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """A result of this checkpoint under the present settings, or None."""
     wanted = {"checkpoint_digest": checkpoint.manifest.digest, "settings_fingerprint": settings_fingerprint(config)}
-    for path in sorted((config.run.dir / "validation").glob("*.json")):
+    for path in sorted(config.run.folder.validation.glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:

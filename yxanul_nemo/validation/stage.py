@@ -17,14 +17,13 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import SHORTEST_CONTEXT_CHUNK
 from yxanul_nemo.curriculum.phases import plan_phases
-from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.agreement import from_first_rank
 from yxanul_nemo.machine.runtime import init_process_groups, outside_training, resolve_device
 from yxanul_nemo.model.context import WindowSlices
 from yxanul_nemo.validation.domains import load_domains
-from yxanul_nemo.validation.record import checkpoint_result_path, metric_of, settings_fingerprint
+from yxanul_nemo.validation.record import metric_of, settings_fingerprint
 from yxanul_nemo.validation.scoring import IGNORE_INDEX, Document
 from yxanul_nemo.validation.validate import Domains, score_domains, summarize, validate
 
@@ -34,12 +33,8 @@ def validate_checkpoint(config: RunConfig) -> None:
     manifest = load_manifest(config.data_dir)
     device = resolve_device(config.parallel)
     init_process_groups(config.parallel, device, config.run.seed)
-    store = CheckpointStore(config.run.dir / "checkpoints", verify=config.checkpoint.verify)
-    checkpoint = from_first_rank(store.newest_good)
-    if checkpoint is None:
-        raise UserError(
-            config.run.dir / "checkpoints", "holds no checkpoint", fix="Run `python launcher.py stage=train` first."
-        )
+    store = CheckpointStore.of_run(config)
+    checkpoint = from_first_rank(lambda: store.choose("latest"))
     precision = outside_training(config.precision, config.parallel, device)
     model = restore_model(config, checkpoint, manifest.vocab_size, precision, config.parallel)
     phases = plan_phases(config.curriculum)
@@ -49,7 +44,7 @@ def validate_checkpoint(config: RunConfig) -> None:
         result = identified(scores, config, checkpoint)
         metric = config.validation.best_metric
         store.mark_best(checkpoint, metric, metric_of(result, metric))
-        write_json_atomic(checkpoint_result_path(config.run.dir, checkpoint), result)
+        write_json_atomic(config.run.folder.checkpoint_result(checkpoint.path.name), result)
 
 
 def identified(scores: dict[str, Any], config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -88,12 +83,7 @@ def run_domains(config: RunConfig, manifest: CorpusManifest) -> dict[str, list[D
 
     @cache
     def tokenizer() -> Tokenizer:
-        loaded = Tokenizer.load(config.run.dir / "tokenizer")
-        if loaded.fingerprint != manifest.tokenizer_fingerprint:
-            raise UserError(
-                config.run.dir / "tokenizer", "is not the tokenizer of the data", fix="Run stage=data again."
-            )
-        return loaded
+        return Tokenizer.load_known(config.run.folder.tokenizer, manifest.tokenizer_fingerprint)
 
     return load_domains(config, manifest, tokenizer)
 

@@ -18,7 +18,7 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_text_atomic
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
-from yxanul_nemo.launch.slurm.record import CONFIG_NAME, FOLDER, ChainRecord, Job
+from yxanul_nemo.launch.slurm.record import ChainRecord, Job
 from yxanul_nemo.launch.slurm.script import log_path, render, script_path
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.lock import RunLock
@@ -130,11 +130,11 @@ def missing_links(state: RunState) -> list[tuple[Task, Task | None]]:
 
 def write_scripts(config: RunConfig, links: list[tuple[Task, Task | None]]) -> None:
     """`slurm/config.yaml`, which the jobs read, and a script for each; those of an earlier chain go."""
-    folder = config.run.dir / FOLDER
+    folder = config.run.folder.slurm
     with disk_errors(folder, "writing job scripts"):
         for old in folder.glob("*.sh"):
             old.unlink()
-        write_text_atomic(folder / CONFIG_NAME, to_yaml(config))
+        write_text_atomic(config.run.folder.slurm_config, to_yaml(config))
         for task, after in links:
             write_text_atomic(script_path(config, task), render(config, task, after))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from data_prep.corpus.indexed import IndexedWriter, bin_path, idx_path, token_dtype
 from data_prep.corpus.manifest import InputEntry, ShardEntry
@@ -17,6 +17,7 @@ from data_prep.tokenizers.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import sha256_file, write_text_atomic
 from yxanul_nemo.read_ahead import read_ahead
+from yxanul_nemo.stored import Stored
 
 CHUNK_BYTES = 2 << 20
 """Text handed to the tokenizer at a time: enough to keep its threads busy, little beside the memory of the process."""
@@ -39,10 +40,8 @@ class Encoder(Protocol):
     def decode(self, ids: np.ndarray) -> str: ...
 
 
-class ShardOptions(BaseModel):
+class ShardOptions(Stored):
     """All that decides a shard's output, besides its input."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     tokenizer_fingerprint: str
     vocab_size: int
@@ -52,10 +51,8 @@ class ShardOptions(BaseModel):
     holds_ids: bool
 
 
-class ShardRecord(BaseModel):
+class ShardRecord(Stored):
     """Written when both pairs of a shard are on disk; its presence means that the shard is done."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     options: ShardOptions
     input: InputEntry

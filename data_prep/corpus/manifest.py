@@ -4,11 +4,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from data_prep.corpus.indexed import bin_path, idx_path
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint, sha256_file, write_text_atomic
+from yxanul_nemo.stored import Stored, first_problem
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
@@ -17,11 +18,7 @@ SPLIT_RULE = "held out if the first 8 bytes (big-endian) of BLAKE2b of the docum
 Split = Literal["train", "heldout"]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class ShardEntry(_Record):
+class ShardEntry(Stored):
     """One .bin/.idx pair: what one input shard gave to one split."""
 
     prefix: str
@@ -35,7 +32,7 @@ class ShardEntry(_Record):
     idx_sha256: str
 
 
-class InputEntry(_Record):
+class InputEntry(Stored):
     """One parquet shard as it was read."""
 
     file: str
@@ -52,7 +49,7 @@ class InputEntry(_Record):
         return Counter({"null": self.skipped_null, "empty": self.skipped_empty, "not UTF-8": self.skipped_not_utf8})
 
 
-class SourceManifest(_Record):
+class SourceManifest(Stored):
     """One corpus. A shard that gave no document to a split has no entry there."""
 
     column: str
@@ -82,7 +79,7 @@ class SourceManifest(_Record):
         return sum(entry.text_bytes for entry in self.entries(split))
 
 
-class CorpusManifest(_Record):
+class CorpusManifest(Stored):
     """All sources of a corpus and what decided their tokens. It names no absolute path and no time: equal data, equal file."""
 
     format_version: Literal[1] = FORMAT_VERSION
@@ -152,11 +149,9 @@ def load_manifest(data_dir: Path) -> CorpusManifest:
     try:
         return CorpusManifest.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "file"
         raise UserError(
             path,
-            f"cannot be understood ({place}: {first['msg']})",
+            f"cannot be understood ({first_problem(error)})",
             f"a manifest of format version {FORMAT_VERSION}",
             "Delete it and run the stage `data` again: finished shards are kept.",
         ) from None

@@ -17,6 +17,7 @@ from yxanul_nemo.config.base import Section
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.suggest import suggest_key
 from yxanul_nemo.errors import UserError, nearest
+from yxanul_nemo.stored import first_problem
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = REPO_DIR / "conf"
@@ -127,18 +128,17 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _schema_error(error: ValidationError, values: Mapping[str, Any]) -> UserError:
-    # A key that does not exist explains that another is missing, so it comes first.
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    first = first_problem(error)
+    where = first.place or "configuration"
     more = f" ({error.error_count() - 1} more of the kind)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
+    if first.kind == "extra_forbidden":
         return UserError(where, f"no such key{more}", fix=suggest_key(where, values))
-    if first["type"] == "missing":
+    if first.kind == "missing":
         return UserError(where, f"is not set{more}", "a value", "Give it in the recipe or as key=value.")
-    if first["type"] == "value_error":
-        return UserError(where, first["msg"].removeprefix("Value error, ") + more)
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return UserError(where, f"got {first['input']!r}{more}", message.removeprefix("input should be "))
+    if first.kind == "value_error":
+        return UserError(where, first.message + more)
+    message = first.message[0].lower() + first.message[1:]
+    return UserError(where, f"got {first.value!r}{more}", message.removeprefix("input should be "))
 
 
 def _override_error(error: Exception, overrides: Sequence[str], folders: Sequence[Path]) -> UserError:

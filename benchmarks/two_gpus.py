@@ -95,7 +95,8 @@ def measure_layouts(options: argparse.Namespace) -> None:
     from yxanul_nemo.bench.stage import Corpus
     from yxanul_nemo.config.load import compose, parse
     from yxanul_nemo.log import configure_logging
-    from yxanul_nemo.machine.runtime import leave_process_groups, rank_and_processes, resolve_device
+    from yxanul_nemo.machine.gpus import rank_and_processes
+    from yxanul_nemo.machine.runtime import leave_process_groups, resolve_device
 
     configure_logging()
     rank, processes = rank_and_processes()

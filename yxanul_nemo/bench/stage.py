@@ -22,7 +22,8 @@ from yxanul_nemo.data.windows import PhaseWindows, corpus_streams
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.environment import describe_environment
-from yxanul_nemo.machine.runtime import formats_of, rank_and_processes, resolve_device
+from yxanul_nemo.machine.gpus import rank_and_processes
+from yxanul_nemo.machine.runtime import formats_of, resolve_device
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.model.memory import MEASURED_VOCAB_SIZE, with_micro_batch
 from yxanul_nemo.training.micro_batch import gpu_memory_bytes

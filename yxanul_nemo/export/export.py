@@ -32,6 +32,7 @@ from yxanul_nemo.export.parity import (
 from yxanul_nemo.export.publish import list_files, recover_folder, replace_folder, sync_folder
 from yxanul_nemo.export.record import write_record
 from yxanul_nemo.log import logger
+from yxanul_nemo.machine.gpus import rank_and_processes
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.validation.record import find_result
@@ -48,7 +49,7 @@ def export_checkpoint(config: RunConfig) -> None:
         ParityError: what was written does not compute what the checkpoint does; nothing is left behind, and an older
             export stays as it was.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if rank_and_processes()[0]:
         return
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         # Under torchrun the first process does it alone.

@@ -15,14 +15,13 @@ from yxanul_nemo.launch.interrupts import Interrupted, StopSignals
 from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
 from yxanul_nemo.launch.processes import Workers
 from yxanul_nemo.launch.run_state import RunState
-from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.launch.tasks import STAGES, Task
 from yxanul_nemo.lock import RunLock
 from yxanul_nemo.log import configure_logging, logger
 from yxanul_nemo.machine.environment import write_environment
 from yxanul_nemo.validation.record import find_result
 from yxanul_nemo.validation.table import table
 
-STAGES = ("data", "train", "validate", "export")
 LEFTOVER_SECONDS = 60.0
 """How long a repeated command waits for the worker of a launcher that was killed, which saves and ends."""
 

@@ -25,10 +25,8 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.processes import CONTROL, end_with_parent
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import configure_logging, quiet_libraries
+from yxanul_nemo.machine.gpus import rank_and_processes
 from yxanul_nemo.run_folder import RunFolder
-
-RANK = int(os.environ.get("RANK", "0"))
-"""Of this process among those that torchrun or Slurm has started."""
 
 
 def main() -> int:
@@ -40,7 +38,7 @@ def main() -> int:
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
     # What all ranks do alike is said by the first one.
-    configure_logging(level=logging.WARNING if RANK else logging.INFO)
+    configure_logging(level=logging.WARNING if rank_and_processes()[0] else logging.INFO)
     quiet_libraries()
     import yxanul_nemo.training.session  # noqa: F401 - most of the time that a short task takes
 
@@ -90,7 +88,8 @@ def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
         leave_process_groups()
         code = 0
     except UserError as error:
-        print(f"error{f' (rank {RANK})' if RANK else ''}: {error}", file=sys.stderr)
+        rank, _ = rank_and_processes()
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT

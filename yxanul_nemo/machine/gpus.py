@@ -79,3 +79,8 @@ def process_count(config: RunConfig) -> int:
 def threads_per_process(config: RunConfig, processes: int) -> int:
     """OpenMP threads of each of so many processes on one machine."""
     return config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // processes)
+
+
+def rank_and_processes() -> tuple[int, int]:
+    """This process's number among those that torchrun or srun has started, and how many these are."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from yxanul_nemo.config.training import NumberFormat, ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.machine.gpus import rank_and_processes
 
 
 def resolve_device(parallel: ParallelConfig) -> str:
@@ -78,11 +79,6 @@ def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device
         raise UserError(
             where, f"is {precision.name} on {name}", "an Ada, Hopper or Blackwell GPU", "Set precision=bf16."
         )
-
-
-def rank_and_processes() -> tuple[int, int]:
-    """This process's number among those that torchrun or srun has started, and how many these are."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def formats_of(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> tuple[NumberFormat, ...]:

@@ -1,8 +1,6 @@
 """`stage=plan`: the plan as one table on standard output and as `run.dir/plan.json`, the only file that it writes."""
 
-import os
 import shutil
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,13 +12,12 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.figures import count, duration, rate, size
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.log import table_console
 from yxanul_nemo.machine.gpus import found_gpus
 from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB
 from yxanul_nemo.plan.plan import Plan, make_plan
 
 MAX_WIDTH = 1000
-FILE_WIDTH = 150
-"""Columns of the table where it does not go to a terminal."""
 
 
 def run_plan_stage(config: RunConfig) -> Plan:
@@ -30,8 +27,7 @@ def run_plan_stage(config: RunConfig) -> Plan:
     path = config.run.folder.plan
     with disk_errors(config.run.dir, f"writing {path.name}"):
         write_json_atomic(path, plan.to_json())
-    wide = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    print_plan(plan, path, Console(width=FILE_WIDTH if wide else None, highlight=False))
+    print_plan(plan, path, table_console())
     return plan
 
 

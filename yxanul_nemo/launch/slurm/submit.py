@@ -6,7 +6,6 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.syntax import Syntax
 
 from data_prep.prepare import run_data_stage
@@ -22,11 +21,9 @@ from yxanul_nemo.launch.slurm.record import ChainRecord, Job
 from yxanul_nemo.launch.slurm.script import log_path, render, script_path
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.lock import RunLock
-from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.log import configure_logging, logger, table_console
 from yxanul_nemo.machine.gpus import world_size
 from yxanul_nemo.model.memory import with_micro_batch
-
-FILE_WIDTH = 150
 
 
 def submit_chain(config: RunConfig, stages: list[str]) -> None:
@@ -141,7 +138,7 @@ def write_scripts(config: RunConfig, links: list[tuple[Task, Task | None]]) -> N
 
 def show(config: RunConfig, links: list[tuple[Task, Task | None]]) -> None:
     """Print the scripts and the commands that would submit them, on standard output."""
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+    console = table_console()
     submitted: set[Task] = set()
     for task, after in links:
         path = script_path(config, task)

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
@@ -38,6 +39,15 @@ def overrides_in(arguments: list[str]) -> list[str]:
     return [a for i, a in enumerate(arguments) if not a.startswith("-") and i not in values_of_options]
 
 
+def config_dirs_in(arguments: list[str]) -> list[Path]:
+    """Folders of `--config-dir`, whose options are valid beside those of `conf/`."""
+    names = ("--config-dir", "-cd")
+    after = [arguments[i + 1] for i, argument in enumerate(arguments[:-1]) if argument in names]
+    return [
+        Path(folder) for folder in after + [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
+    ]
+
+
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     """Check the composed configuration and run its stages."""
@@ -63,7 +73,7 @@ if __name__ == "__main__":
     sys.argv[1:] = with_quoted_text(sys.argv[1:])
     if not ONLY_HYDRA_CAN_READ & set(sys.argv):
         try:
-            compose(overrides_in(sys.argv[1:]))
+            compose(overrides_in(sys.argv[1:]), config_dirs_in(sys.argv[1:]))
         except UserError as error:
             fail(error, 2)
     main()

@@ -20,7 +20,7 @@ from triton.testing import do_bench_cudagraph
 
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.kernels.causal_attention import causal_attention
-from yxanul_nemo.launch.environment import describe_environment
+from yxanul_nemo.machine.environment import describe_environment
 
 HEADS, GROUPS, HEAD_DIM = 12, 2, 64
 EXACT_WINDOWS = 4

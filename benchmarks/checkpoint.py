@@ -24,7 +24,7 @@ from yxanul_nemo.checkpoint.shards import ShardReader
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import compose, parse, to_yaml
 from yxanul_nemo.model.build import build_model
-from yxanul_nemo.training.backend import make_backend
+from yxanul_nemo.training.make_backend import make_backend
 from yxanul_nemo.training.saving import CheckpointSaver
 
 PLAN = PhasePlan(seq_len=1, tokens_per_step=1, planned_tokens=10**6, lr_scale=1.0, grad_clip=1.0)

@@ -59,7 +59,7 @@ class Clock:
 
 def texts_of(pattern: str) -> Iterator[str]:
     """All documents of the input."""
-    from data_prep.shards import ShardReader, resolve_shards
+    from data_prep.corpus.shards import ShardReader, resolve_shards
 
     for shard in resolve_shards(pattern, "--input"):
         with ShardReader(shard.path) as reader:
@@ -69,8 +69,8 @@ def texts_of(pattern: str) -> Iterator[str]:
 
 def run_prepare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """This project, from parquet to a manifest."""
-    from data_prep.corpus import prepare_corpus
-    from data_prep.tokenizer import Tokenizer
+    from data_prep.corpus.preparation import prepare_corpus
+    from data_prep.tokenizers.tokenizer import Tokenizer
     from yxanul_nemo.config.data import SourceConfig
 
     load = functools.partial(Tokenizer.load, options.tokenizer)
@@ -129,7 +129,7 @@ def run_preprocess_data(options: argparse.Namespace, folder: Path) -> dict[str, 
 
 def _megatron_lm(options: argparse.Namespace, folder: Path, lines: Path) -> dict[str, Any]:
     """Megatron-LM's own script, with its start included as a user has to wait for it."""
-    from data_prep.indexed import IndexedTokens
+    from data_prep.corpus.indexed import IndexedTokens
 
     command = [sys.executable, options.megatron_lm / "tools" / "preprocess_data.py", "--input", lines, "--append-eod"]
     command += ["--output-prefix", folder / "out", "--tokenizer-type", "HuggingFaceTokenizer"]

@@ -3,10 +3,11 @@
     python -m benchmarks.evidence --suite main --out OUT [--gpus 0 1] [--per-gpu 3] [--only NAME ...] \
         --tokenizer t80k=tokenizer.path=TOKENIZER -- data.sources.text.path=CORPUS validation.dir=VALIDATION ...
 
-Every run is `python launcher.py recipe=evidence_...` with the overrides after `--`, stage=data and then stage=train. Several share a
-GPU, which hides their start-ups; so speeds in a shared run mean nothing, and times are computed from `stage=bench` at the same shapes
-(`benchmarks.evidence_tables`). What a run came to is added to OUT/evidence.json when it ends; runs that are there already are not
-repeated. A finished run's checkpoints are removed, except with --keep. Exit code 1 if a run that was asked for has no result.
+Every run is `python launcher.py --config-dir benchmarks/conf recipe=evidence_...` with the overrides after `--`, stage=data and then
+stage=train. Several share a GPU, which hides their start-ups; so speeds in a shared run mean nothing, and times are computed from
+`stage=bench` at the same shapes (`benchmarks.evidence_tables`). What a run came to is added to OUT/evidence.json when it ends; runs
+that are there already are not repeated. A finished run's checkpoints are removed, except with --keep. Exit code 1 if a run that was
+asked for has no result.
 """
 
 import argparse
@@ -24,12 +25,14 @@ from typing import Any
 
 import numpy as np
 
+from yxanul_nemo.config.load import REPO_DIR
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.report.gather import Run, read_run
 from yxanul_nemo.validation.record import in_phase_results
 
 RESULTS_NAME = "evidence.json"
+CONF_DIR = REPO_DIR / "benchmarks" / "conf"
 CURVE_POINTS = 200
 
 
@@ -138,7 +141,7 @@ class Pool:
         with open(f"{folder}.log", "a") as log:
 
             def launch(stage: str) -> int:
-                command = [sys.executable, "launcher.py", *arguments, f"stage={stage}"]
+                command = [sys.executable, "launcher.py", f"--config-dir={CONF_DIR}", *arguments, f"stage={stage}"]
                 return subprocess.run(
                     command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
                 ).returncode

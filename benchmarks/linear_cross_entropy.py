@@ -46,13 +46,13 @@ def make_inputs(kind: str, tokens: int, rows: int, inner: int, vocab_size: int) 
 def trained_inputs(run_dir: Path, tokens: int) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
     """What the head of a run's newest checkpoint gets from the first windows of its corpus, and the vocabulary's size."""
     # Megatron-core and its like take long to import and are not needed for made inputs.
-    from data_prep.manifest import load_manifest
+    from data_prep.corpus.manifest import load_manifest
+    from yxanul_nemo.checkpoint.restore import restore_model
     from yxanul_nemo.checkpoint.store import CheckpointStore
     from yxanul_nemo.config.load import load_run_config
     from yxanul_nemo.config.training import PrecisionConfig
     from yxanul_nemo.data.windows import PhaseWindows, Reading, corpus_shards, open_sources
-    from yxanul_nemo.runtime import init_process_groups
-    from yxanul_nemo.training.restore import restore_model
+    from yxanul_nemo.machine.runtime import init_process_groups
 
     config = load_run_config(run_dir / "config.yaml")
     manifest = load_manifest(config.data_dir)

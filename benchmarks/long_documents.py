@@ -19,7 +19,7 @@ import tokenizers
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 
 LENGTHS = (600_000, 4_000_000, 16_000_000)
 KINDS: dict[str, Callable[[int], str]] = {

@@ -32,11 +32,11 @@ from torch.utils.checkpoint import checkpoint
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.files import write_json_atomic
-from yxanul_nemo.launch.environment import describe_environment
+from yxanul_nemo.machine.environment import describe_environment
+from yxanul_nemo.machine.runtime import init_process_groups
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.fp8_state import forget_fp8_state
-from yxanul_nemo.runtime import init_process_groups
-from yxanul_nemo.training.backend import make_backend
+from yxanul_nemo.training.make_backend import make_backend
 
 VOCAB_SIZE, PADDED_ROWS = 200_005, 200_064
 WARMUP_STEPS, TIMED_STEPS = 4, 12

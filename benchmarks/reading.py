@@ -24,8 +24,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.indexed import IndexedTokens, IndexedWriter, bin_path
-from data_prep.manifest import load_manifest
+from data_prep.corpus.indexed import IndexedTokens, IndexedWriter, bin_path
+from data_prep.corpus.manifest import load_manifest
 from yxanul_nemo.config.data import DataConfig
 from yxanul_nemo.data.source import ShuffledSource
 from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows, Reading, open_sources

@@ -5,7 +5,7 @@
 The 197M model in FP8 on random tokens. One GPU is measured first, lengths spread over both; then both GPUs in each layout, in one pair of
 processes, so that what is imported and compiled serves all of them. Steps have `--tokens-per-step` tokens in all layouts but `data,
 twice the step`, where each GPU has as many as one GPU alone. `predicted` is `stage=plan`'s simulation from the measured speed of one
-GPU and the link speeds of `conf/plan`; `sent` is the time of NCCL's kernels in one step, in which a rank also waits for the other.
+GPU and the link speeds of `plan`; `sent` is the time of NCCL's kernels in one step, in which a rank also waits for the other.
 A layout that fails or takes too long is a line in the table or lacks one; figures so far are kept.
 """
 
@@ -95,7 +95,8 @@ def measure_layouts(options: argparse.Namespace) -> None:
     from yxanul_nemo.bench.stage import Corpus
     from yxanul_nemo.config.load import compose, parse
     from yxanul_nemo.log import configure_logging
-    from yxanul_nemo.runtime import leave_process_groups, rank_and_processes, resolve_device
+    from yxanul_nemo.machine.gpus import rank_and_processes
+    from yxanul_nemo.machine.runtime import leave_process_groups, resolve_device
 
     configure_logging()
     rank, processes = rank_and_processes()
@@ -141,8 +142,8 @@ def measure_layouts(options: argparse.Namespace) -> None:
 def complete(rows: list[dict[str, Any]]) -> None:
     """Add the ratio to one GPU at the same length, and the simulation's tokens/s."""
     from yxanul_nemo.config.load import compose, parse
-    from yxanul_nemo.launch.scaling import Simulator
     from yxanul_nemo.model.memory import MEASURED_VOCAB_SIZE
+    from yxanul_nemo.plan.scaling import Simulator
 
     alone = {row["seq_len"]: row["tokens_per_second"] for row in rows if row["gpus"] == 1 and "error" not in row}
     for row in rows:
@@ -186,7 +187,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def environment() -> dict[str, Any]:
     """Commit, versions and hardware."""
-    from yxanul_nemo.launch.environment import describe_environment
+    from yxanul_nemo.machine.environment import describe_environment
 
     return describe_environment()
 

@@ -9,9 +9,9 @@ merges; the 20,000 superwords stay in the vocabulary, unused.
 import argparse
 from pathlib import Path
 
-from data_prep.superbpe import build_superbpe
-from data_prep.superbpe_rules import word_rules
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.superbpe import build_superbpe
+from data_prep.tokenizers.superbpe_rules import word_rules
+from data_prep.tokenizers.tokenizer import Tokenizer
 
 
 def main() -> None:

@@ -15,13 +15,13 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.demo_corpus import write_demo_corpus
-from data_prep.encode import is_heldout
+from data_prep.corpus.demo_corpus import write_demo_corpus
+from data_prep.corpus.encode import is_heldout
+from data_prep.corpus.shards import ShardReader, resolve_shards
 from data_prep.prepare import training_texts
-from data_prep.shards import ShardReader, resolve_shards
-from data_prep.superbpe import build_superbpe
-from data_prep.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer
-from data_prep.tokenizer_libraries import read_json
+from data_prep.tokenizers.superbpe import build_superbpe
+from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer
+from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.config.data import SourceConfig, TokenizerConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
@@ -178,7 +178,7 @@ def run_compare_stage(config: RunConfig) -> list[TokenizerFigures]:
 
     Writes `run.dir/tokenizer_comparison/`. UserError if `stage=data` has not made the tokenizer yet or nothing is held out.
     """
-    folder = config.run.dir / "tokenizer"
+    folder = config.run.folder.tokenizer
     if not (folder / RECORD_FILE).exists():
         raise UserError(folder, "has no tokenizer yet", "the tokenizer of this run", "Make it with stage=data.")
     sources = config.data.sources
@@ -193,12 +193,12 @@ def run_compare_stage(config: RunConfig) -> list[TokenizerFigures]:
         TokenizerConfig(
             name=CONTROL, kind="train_bpe", vocab_size=tokenizer.vocab_size, train_bytes=config.tokenizer.train_bytes
         ),
-        config.run.dir / "tokenizer_comparison" / "control",
+        config.run.folder.tokenizer_comparison / "control",
         training_texts(sources, fraction, config.tokenizer.train_bytes),
     )
     figures = compare_tokenizers({config.tokenizer.name: tokenizer, CONTROL: control}, texts)
     print_figures(figures, Console())
-    write_figures(figures, config.run.dir / "tokenizer_comparison")
+    write_figures(figures, config.run.folder.tokenizer_comparison)
     return figures
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import CorpusManifest, Split, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import CorpusManifest, Split, load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError, nearest
 
@@ -23,7 +23,7 @@ SAMPLE_CHARS = 400
 def inspect(config: RunConfig, samples: int = 2) -> None:
     """Print what the run's prepared corpus holds. Raises UserError if it is not prepared yet."""
     manifest = load_manifest(config.data_dir)
-    tokenizer, console = Tokenizer.load(config.run.dir / "tokenizer"), Console()
+    tokenizer, console = Tokenizer.load(config.run.folder.tokenizer), Console()
     show(manifest, config.data_dir, tokenizer, samples, console)
     if config.data.document_mask:
         seq_len = max(phase.seq_len for phase in config.curriculum.phases)

@@ -6,12 +6,12 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from data_prep.corpus import prepare_corpus
-from data_prep.demo_corpus import write_demo_corpus
-from data_prep.encode import is_heldout
-from data_prep.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
-from data_prep.shards import ShardReader, resolve_shards
-from data_prep.tokenizer import Tokenizer, build_tokenizer
+from data_prep.corpus.demo_corpus import write_demo_corpus
+from data_prep.corpus.encode import is_heldout
+from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
+from data_prep.corpus.preparation import prepare_corpus
+from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
@@ -27,7 +27,7 @@ def run_data_stage(config: RunConfig) -> CorpusManifest:
     sources = config.data.sources
     if config.data.demo_corpus:
         sources = write_demo_corpus(data_dir / "corpus", config.data.demo_bytes)
-    folder = config.run.dir / "tokenizer"
+    folder = config.run.folder.tokenizer
     texts = training_texts(sources, config.data.heldout_fraction, config.tokenizer.train_bytes)
     tokenizer = build_tokenizer(config.tokenizer, folder, texts)
     manifest = prepare_corpus(

@@ -8,8 +8,8 @@ import pytest
 
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.launch.processes import visible_gpus
 from yxanul_nemo.log import logger
+from yxanul_nemo.machine.gpus import visible_gpus
 
 SMALL = (
     "data.demo_bytes=300000",

@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
+from launcher import config_dirs_in, overrides_in
 from yxanul_nemo.config.load import REPO_DIR, compose, parse
+from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.launch.lone_stages import LONE_STAGES
 from yxanul_nemo.launch.stages import selected_stages
-from yxanul_nemo.training.phases import selected_phases
 
 PAGES = [REPO_DIR / "README.md", REPO_DIR / "CONTRIBUTING.md", *sorted((REPO_DIR / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:uv|pip|python) [^`]+)`")
-HYDRA_OPTIONS = {"--help", "--cfg"}
 PICTURE_BYTES = 200_000
 
 
@@ -45,8 +45,7 @@ ALL = [(page, command) for page in PAGES for command in commands(page)]
 
 def check_launcher(arguments: list[str]) -> None:
     """The command line composes, its values are valid, and its stages and phases exist."""
-    overrides = [argument for argument in arguments if argument not in HYDRA_OPTIONS]
-    config = parse(compose(overrides))
+    config = parse(compose(overrides_in(arguments), config_dirs_in(arguments)))
     if config.stage not in LONE_STAGES:
         selected_stages(config.stage)
     selected_phases(config.phases, len(config.curriculum.phases))

@@ -1,7 +1,7 @@
 """Readers of a run's own files, given changed and made-up ones: the file as it is, or an error of ours that names it.
 
-Beside these: `.idx` (tests/data_prep/test_indexed.py), checkpoint manifests (tests/checkpoint/test_store.py), checkpoint tensors
-(tests/checkpoint/test_shards.py), `.nemo` archives and their configurations (tests/export/test_safe_tar.py, test_safe_config.py).
+Beside these: `.idx` (tests/data_prep/corpus/test_indexed.py), checkpoint manifests (tests/checkpoint/test_store.py), checkpoint tensors
+(tests/checkpoint/test_shards.py), `.nemo` archives and their configurations (tests/unpacking/test_safe_tar.py, test_safe_config.py).
 """
 
 import tempfile
@@ -11,9 +11,9 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.manifest import CorpusManifest, load_manifest
+from data_prep.corpus.manifest import CorpusManifest, load_manifest
 from tests.checkpoint.test_ledger import in_second_phase
-from tests.data_prep.test_manifest import manifest
+from tests.data_prep.corpus.test_manifest import manifest
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.config.load import compose, load_run_config, parse, to_yaml
 from yxanul_nemo.config.run import RunConfig

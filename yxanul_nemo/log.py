@@ -1,10 +1,25 @@
-"""One logger for the whole project: short lines on the console, full ones in `<run.dir>/logs/`."""
+"""What the project says: one logger, with short lines on the console and full ones in `<run.dir>/logs/`, and tables on standard output."""
 
 import logging
+import os
 import sys
+import warnings
 from pathlib import Path
 
+from rich.console import Console
+
 logger = logging.getLogger("yxanul")
+FILE_WIDTH = 150
+"""Columns of a table that does not go to a terminal."""
+NOISY_LOGGERS = (
+    "megatron",
+    "nemo",
+    "nemo_logger",
+    "torch.utils.cpp_extension",
+    "lightning",
+    "lightning.pytorch",
+    "torch.distributed",
+)
 
 
 def configure_logging(log_file: Path | None = None, console: bool = True, level: int = logging.INFO) -> None:
@@ -23,3 +38,16 @@ def configure_logging(log_file: Path | None = None, console: bool = True, level:
         handler = logging.FileHandler(log_file, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(process)d %(message)s"))
         logger.addHandler(handler)
+
+
+def quiet_libraries() -> None:
+    """Libraries warn at import about optional parts that are absent by choice; the log is for the run."""
+    warnings.filterwarnings("ignore")
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def table_console() -> Console:
+    """A console for tables: as wide as the terminal, and `FILE_WIDTH` where output goes elsewhere and COLUMNS says nothing."""
+    is_unknown = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=FILE_WIDTH if is_unknown else None, highlight=False)

@@ -14,8 +14,8 @@ from yxanul_nemo.bench.measure import Result, measure
 from yxanul_nemo.bench.stage import RANDOM_DOCUMENT_TOKENS, RandomTokens, run_bench_stage
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.training.phases import plan_phases
 
 
 def test_the_phases_of_a_curriculum_are_measured_with_their_own_steps() -> None:

@@ -30,7 +30,7 @@ class Exploit:
 
 def setup_ranks() -> None:
     from yxanul_nemo.config.training import ParallelConfig
-    from yxanul_nemo.runtime import init_process_groups
+    from yxanul_nemo.machine.runtime import init_process_groups
 
     init_process_groups(ParallelConfig(device="cpu"), "cpu", 0)
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from yxanul_nemo.config.load import CONF_DIR
+from yxanul_nemo.config.load import CONF_DIR, REPO_DIR
 
-FILES = sorted([CONF_DIR / "config.yaml", *(p for p in CONF_DIR.glob("*/*.yaml") if p.parent.name != "recipe")])
+FOLDERS = (CONF_DIR, REPO_DIR / "benchmarks" / "conf")
+OPTIONS = (path for folder in FOLDERS for path in folder.glob("*/*.yaml") if path.parent.name != "recipe")
+FILES = sorted([CONF_DIR / "config.yaml", *OPTIONS])
 KEY = re.compile(r"^(?P<indent>[ ]*)(?P<item>- )?(?P<key>[A-Za-z_][\w/ ]*):(?P<rest>.*)$")
 
 

@@ -1,5 +1,6 @@
 """Composing, checking and the words of errors."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import pytest
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from launcher import config_dirs_in
 from yxanul_nemo.config.load import (
     CONF_DIR,
     REPO_DIR,
+    RETIRED_KEYS,
     compose,
     keys_of,
     load_run_config,
@@ -18,22 +22,26 @@ from yxanul_nemo.config.load import (
     to_yaml,
     with_quoted_text,
 )
+from yxanul_nemo.config.outputs import LoggingConfig
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.training import ParallelConfig
 from yxanul_nemo.errors import UserError
 
 RECIPES = sorted(path.stem for path in (REPO_DIR / "recipes").glob("*.yaml"))
+BENCHMARKS_DIR = REPO_DIR / "benchmarks" / "conf"
+OF_BENCHMARKS = sorted(path.stem for path in (BENCHMARKS_DIR / "recipe").glob("*.yaml"))
 GROUPS = sorted(path.name for path in CONF_DIR.iterdir() if path.is_dir() and path.name != "recipe")
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [*RECIPES, *OF_BENCHMARKS])
 def test_every_recipe_is_valid_and_named_after_its_file(recipe: str) -> None:
-    config = parse(compose([f"recipe={recipe}"]))
+    config = parse(compose([f"recipe={recipe}"], [BENCHMARKS_DIR] if recipe in OF_BENCHMARKS else []))
     assert config.run.name == recipe
     assert config.run.dir == Path("runs") / recipe
     assert config.run.description
 
 
-@pytest.mark.parametrize("group", ["model", "curriculum", "precision", "optim", "parallel", "tokenizer"])
+@pytest.mark.parametrize("group", ["model", "curriculum", "precision", "optim", "tokenizer"])
 def test_every_option_of_a_group_composes(group: str) -> None:
     for option in sorted(path.stem for path in (CONF_DIR / group).glob("*.yaml")):
         overrides = [f"{group}={option}"]
@@ -54,15 +62,20 @@ def dotted(mapping: dict, prefix: str) -> Iterator[str]:
 
 
 def test_every_key_of_the_schema_stands_in_conf() -> None:
-    """Hydra refuses overrides of keys that are absent from conf/, so each key must stand in some file of its group."""
-    top = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))
-    shown = {*top, *(f"run.{key}" for key in top["run"])}
+    """Hydra refuses overrides of absent keys, so each key must stand in the default run or in some file of its group."""
+    shown = set(dotted(OmegaConf.to_container(compose(), resolve=False), ""))
     for group in GROUPS:
         for path in (CONF_DIR / group).glob("*.yaml"):
             shown |= {group, *dotted(yaml.safe_load(path.read_text(encoding="utf-8")), f"{group}.")}
     nested_in_lists_or_maps = ("curriculum.phases.", "data.sources.", "validation.domains.")
     missing = [key for key in keys_of(RunConfig) if key not in shown and not key.startswith(nested_in_lists_or_maps)]
     assert missing == []
+
+
+def test_sections_without_a_folder_have_the_defaults_of_the_schema() -> None:
+    config = parse(compose(["recipe=yxanul_197m_ultra", "parallel.cpu_threads=3"]))
+    assert config.parallel == ParallelConfig(cpu_threads=3) and config.logging == LoggingConfig()
+    assert {"parallel", "logging", "guards", "report"}.isdisjoint(GROUPS)
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -125,6 +138,24 @@ def test_mistakes_in_what_a_recipe_has_are_named_by_that_recipe(override: str, h
     assert hint in str(caught.value)
 
 
+def test_a_folder_of_ones_own_has_options_like_conf(tmp_path: Path) -> None:
+    for arguments in (["--config-dir", f"{tmp_path}"], [f"--config-dir={tmp_path}"], ["-cd", f"{tmp_path}"]):
+        assert config_dirs_in(["recipe=mine", *arguments, "optim.lr=1"]) == [tmp_path]
+    folder = tmp_path / "a folder, of mine"
+    (folder / "recipe").mkdir(parents=True)
+    text = "# @package _global_\ndefaults:\n  - override /model: yxanul_197m\nrun:\n  name: mine\n"
+    (folder / "recipe" / "mine.yaml").write_text(text, encoding="utf-8")
+    config = parse(compose(["recipe=mine"], [folder]))
+    assert (config.run.name, config.model.name) == ("mine", "yxanul_197m")
+    for overrides, folders, words in (
+        (["recipe=min"], [folder], "Did you mean 'mine'?"),
+        (["recipe=mine", "optim.lrr=1"], [folder], "Did you mean 'optim.lr'?"),
+        (["recipe=mine"], [tmp_path / "absent"], "is not a folder"),
+    ):
+        with pytest.raises(UserError, match=re.escape(words)):
+            compose(overrides, folders)
+
+
 def test_numbers_may_be_written_as_text() -> None:
     """PyYAML reads 6e-4 as a string; the schema makes it a number all the same."""
     assert parse(compose(["optim.lr='6e-4'"])).optim.lr == 6e-4
@@ -134,6 +165,16 @@ def test_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
     config = parse(compose())
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert load_run_config(tmp_path / "config.yaml") == config
+
+
+def test_a_configuration_of_an_earlier_version_is_read_and_a_command_line_like_it_refused(tmp_path: Path) -> None:
+    for key in RETIRED_KEYS:
+        stored = OmegaConf.create(to_yaml(parse(compose())))
+        OmegaConf.update(stored, key, None, force_add=True)
+        (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(stored), encoding="utf-8")
+        assert load_run_config(tmp_path / "config.yaml") == parse(compose())
+        with pytest.raises(UserError, match=re.escape(key)):
+            parse(compose([f"+{key}=1"]))
 
 
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b"a: [", b"\xff\xfe", b"run: 3"])

@@ -4,7 +4,7 @@ import pytest
 
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.runtime import resolve_layer_spec
+from yxanul_nemo.machine.runtime import resolve_layer_spec
 
 THREE = ["recipe=yxanul_197m_h100"]
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.indexed import IndexedTokens, IndexedWriter
+from data_prep.corpus.indexed import IndexedTokens, IndexedWriter
 from yxanul_nemo.data.blend import PERIOD, Blend, normalized_shares
 from yxanul_nemo.data.source import ShuffledSource
 from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows, Reading

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 import tokenizers
 
-from data_prep.corpus import prepare_corpus
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.preparation import prepare_corpus
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.data import SourceConfig
 
 WORDS = [

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from data_prep.compare_tokenizers import CONTROL, compare_tokenizers, main, print_figures, run_compare_stage
-from data_prep.tokenizer import Tokenizer, build_tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from yxanul_nemo.config.data import TokenizerConfig
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from data_prep.corpus import prepare_corpus
+from data_prep.corpus.preparation import prepare_corpus
 from data_prep.inspect_data import document_lengths, length_bins, main, mean_seen_tokens, sample_texts, show
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.errors import UserError
 

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep import encode
-from data_prep.corpus import prepare_corpus
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import load_manifest
+from data_prep.corpus import encode
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import load_manifest
+from data_prep.corpus.preparation import prepare_corpus
 from data_prep.prepare import describe, main, run_data_stage, training_texts
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError
@@ -91,9 +91,11 @@ def test_output_does_not_depend_on_processes_chunks_or_order_of_work(tmp_path, c
     folder, _ = corpus
     prepare(tmp_path / "one", folder, workers=1)
     # Two shards go to one worker each, the third to both.
-    monkeypatch.setattr("data_prep.pool.PIECE_CHARS", 1000)
+    monkeypatch.setattr("data_prep.corpus.pool.PIECE_CHARS", 1000)
     prepare(tmp_path / "two", folder, workers=2, process_min_bytes=0)
-    monkeypatch.setattr("data_prep.pool.prepare_shard", lambda *arguments: encode.prepare_shard(*arguments[:3], 500))
+    monkeypatch.setattr(
+        "data_prep.corpus.pool.prepare_shard", lambda *arguments: encode.prepare_shard(*arguments[:3], 500)
+    )
     prepare(tmp_path / "small", folder, workers=1)
     assert tree(tmp_path / "one") == tree(tmp_path / "two") == tree(tmp_path / "small")
 

@@ -142,15 +142,15 @@ def commit_random_weights(config: RunConfig, seed: int = 1) -> Checkpoint:
     """Commit a checkpoint of the end of phase 1 as training does, with large random weights."""
     import torch
 
-    from data_prep.manifest import load_manifest
+    from data_prep.corpus.manifest import load_manifest
+    from yxanul_nemo.checkpoint.identity import expected_run, phase_plan
     from yxanul_nemo.checkpoint.ledger import Ledger
     from yxanul_nemo.checkpoint.shards import save_shards
     from yxanul_nemo.checkpoint.store import CheckpointStore
     from yxanul_nemo.config.load import to_yaml
+    from yxanul_nemo.curriculum.phases import plan_phases
     from yxanul_nemo.model.build import build_model, reference_precision
     from yxanul_nemo.training.cpu_backend import CpuBackend
-    from yxanul_nemo.training.identity import expected_run, phase_plan
-    from yxanul_nemo.training.phases import plan_phases
 
     manifest = load_manifest(config.data_dir)
     model = build_model(config.model, manifest.vocab_size, *reference_precision(), seed=seed)

@@ -10,15 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data_prep.manifest import load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import TEXTS, Fresh, MakeRun
 from tests.export.nemo_files import change_weights, repack
 from tests.model.plain_gpt import PlainGPT
+from yxanul_nemo.checkpoint.identity import phase_plan
+from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.export import Exporter, chosen_checkpoint, export_checkpoint
+from yxanul_nemo.export.export import Exporter, export_checkpoint
 from yxanul_nemo.export.llama import load_folder
 from yxanul_nemo.export.parity import ParityError, check_parity, expect_weights_rounded, fixed_prompts
 from yxanul_nemo.export.record import is_exported
@@ -27,9 +30,6 @@ from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.model.nemo_archive import open_archive
-from yxanul_nemo.training.identity import phase_plan
-from yxanul_nemo.training.phases import plan_phases
-from yxanul_nemo.training.restore import restore_model
 
 
 def model_of(config: RunConfig, checkpoint: Checkpoint) -> YxanulGPT:
@@ -298,6 +298,10 @@ def test_the_factorized_folder_keeps_the_small_matrices(make_run: MakeRun) -> No
     assert (theirs(ids_BT).logits - model(ids_BT)).abs().max() < 1e-4
     with pytest.raises(ValueError, match="trust_remote_code"):
         load_folder(folder)
+
+
+def chosen_checkpoint(config: RunConfig) -> Checkpoint:
+    return CheckpointStore.of_run(config).choose(config.export.checkpoint, "export.checkpoint")
 
 
 def test_the_checkpoint_to_export_is_the_one_that_is_named(make_run: MakeRun) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.manifest import load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import MakeRun
+from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import compose, parse, with_quoted_text
 from yxanul_nemo.config.run import RunConfig
@@ -21,7 +22,6 @@ from yxanul_nemo.export.llama import build_llama
 from yxanul_nemo.export.source import Loaded, load_source
 from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.model.build import reference_precision
-from yxanul_nemo.training.restore import restore_model
 
 PROMPT = "The list"
 

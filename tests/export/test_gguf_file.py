@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import MakeRun
 from tests.export.test_export import model_of
 from yxanul_nemo.checkpoint.store import Checkpoint

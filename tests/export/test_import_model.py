@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_prep.manifest import load_manifest
+from data_prep.corpus.manifest import load_manifest
 from tests.export.conftest import MakeRun
 from tests.export.nemo_files import change_config, change_weights, repack
+from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
@@ -19,7 +20,6 @@ from yxanul_nemo.export.import_model import import_model
 from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
-from yxanul_nemo.training.restore import restore_model
 from yxanul_nemo.training.session import PhaseSession
 
 

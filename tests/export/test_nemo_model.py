@@ -14,20 +14,20 @@ from nemo.core import ModelPT
 from nemo.core.classes.common import UnsafeTargetError
 from omegaconf import OmegaConf
 
-from data_prep.manifest import load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import Fresh
 from tests.export.nemo_files import CONFIG, WEIGHTS, change_config, change_weights, repack, with_member
 from tests.ranks import run_ranks
+from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.machine.runtime import init_process_groups
 from yxanul_nemo.model import YxanulModel
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.nemo_archive import open_archive
-from yxanul_nemo.runtime import init_process_groups
-from yxanul_nemo.training.restore import restore_model
 
 EXPECTED_KEYS = {"gpt", "vocab_size", "tokenizer", "target", "nemo_version"}
 FC2 = "gpt.decoder.layers.1.mlp.linear_fc2.weight"

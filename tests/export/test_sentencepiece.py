@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from data_prep.prepare import run_data_stage
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import commit_random_weights
 from tests.export.nemo_files import repack
 from tests.export.test_export import model_of

@@ -18,7 +18,7 @@ from yxanul_nemo.kernels import (
     window_attention,
 )
 from yxanul_nemo.kernels.heads import Heads
-from yxanul_nemo.kernels.linear_cross_entropy import VocabShard
+from yxanul_nemo.kernels.vocab_shard import VocabShard
 
 HEADS = Heads(groups=2, heads_per_group=6, head_dim=64)
 HIDDEN, FEED_FORWARD, RANK, ROWS = 768, 2048, 128, 1024

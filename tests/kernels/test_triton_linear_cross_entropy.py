@@ -9,7 +9,8 @@ import torch
 
 from tests.kernels.interpreter import run_interpreted
 from tests.training.gpu_steps import VOCAB, backend, config, structured
-from yxanul_nemo.kernels.linear_cross_entropy import VocabShard, linear_cross_entropy
+from yxanul_nemo.kernels.linear_cross_entropy import linear_cross_entropy
+from yxanul_nemo.kernels.vocab_shard import VocabShard
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
 from benchmarks.linear_cross_entropy import head_inputs

@@ -12,7 +12,6 @@ from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import REPO_DIR, compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.processes import world_size
 from yxanul_nemo.launch.slurm.job import RunningJob
 from yxanul_nemo.launch.slurm.rank import torchrun_environment
 from yxanul_nemo.launch.slurm.record import ChainRecord, Job, JobNote
@@ -22,6 +21,7 @@ from yxanul_nemo.launch.slurm.submit import check_cluster
 from yxanul_nemo.launch.stages import Stopped, run_stages
 from yxanul_nemo.launch.status import status_rows
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.machine.gpus import world_size
 
 LAB = (
     "parallel.device=auto",

@@ -14,9 +14,9 @@ import pytest
 
 from tests.launch.launching import REPO_DIR, Launched, command, launch, state
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.lock import RunLock
 from yxanul_nemo.launch.stages import selected_stages
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.lock import RunLock
 
 HEAVY = {"torch", "megatron", "lightning", "nemo", "transformers"}
 
@@ -178,7 +178,7 @@ def test_a_failure_of_our_own_ends_with_1_and_a_traceback(tmp_path: Path) -> Non
 
 def test_the_lock_waits_for_what_a_killed_launcher_has_left_and_then_gives_up(tmp_path: Path) -> None:
     hold = (
-        "import subprocess, sys; from pathlib import Path; from yxanul_nemo.launch.lock import RunLock\n"
+        "import subprocess, sys; from pathlib import Path; from yxanul_nemo.lock import RunLock\n"
         "with RunLock(Path(sys.argv[1])) as lock: child = subprocess.Popen(['sleep', sys.argv[2]], pass_fds=[lock.fd])\n"
         "print(child.pid)"
     )

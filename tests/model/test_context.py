@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from yxanul_nemo.model.context import WindowSlices
-from yxanul_nemo.validation.whole_windows import whole_window_loss
+from yxanul_nemo.validation.stage import whole_window_loss
 
 
 def slices_and_losses() -> tuple[np.ndarray, np.ndarray, list[np.ndarray], list[int]]:

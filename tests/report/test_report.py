@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.manifest import load_manifest
+from data_prep.corpus.manifest import load_manifest
+from yxanul_nemo.checkpoint.identity import expected_run, phase_plan
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.report.charts import smoothed
 from yxanul_nemo.report.comparison import distinct_labels
@@ -26,8 +28,6 @@ from yxanul_nemo.report.samples import SAMPLES_NAME, Sample, read_or_make_sample
 from yxanul_nemo.report.single import trained_formats
 from yxanul_nemo.report.stage import run_report_stage
 from yxanul_nemo.report.style import MAX_POINTS, thinned
-from yxanul_nemo.training.identity import expected_run, phase_plan
-from yxanul_nemo.training.phases import plan_phases
 
 HOSTILE = "<script>alert('1')</script> & \"more\""
 VOID = {"meta", "img", "br", "link", "input", "hr"}

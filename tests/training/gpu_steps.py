@@ -18,7 +18,7 @@ def config(*overrides: str) -> RunConfig:
 
 
 def backend(settings: RunConfig, micro_batch_size: int = 16, seq_len: int = 128):
-    from yxanul_nemo.training.backend import make_backend
+    from yxanul_nemo.training.make_backend import make_backend
 
     model = build_model(settings.model, VOCAB, settings.precision, settings.parallel, seed=1, seq_len=seq_len)
     made = make_backend(model, settings, settings.parallel.device, EOS)

@@ -9,7 +9,7 @@ import numpy as np
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.training.phases import plan_phases
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.validation.record import phase_result_path
 
 PHASES = (1, 2, 3)

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import load_manifest
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import load_manifest
 from tests.ranks import CONTEXT, run_ranks
 from tests.training import sessions
 from tests.training.runs import (
@@ -29,9 +29,9 @@ from tests.training.runs import (
 )
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.data.windows import PhaseWindows, Reading, open_sources
-from yxanul_nemo.training.phases import plan_phases
 
 
 @pytest.mark.parametrize(

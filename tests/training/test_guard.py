@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import run_ranks
-from yxanul_nemo.config.guards import GuardsConfig
+from yxanul_nemo.config.training import GuardsConfig
 
 Series = list[tuple[float, float]]
 
@@ -20,7 +20,7 @@ def decide(series: Series, config: GuardsConfig, moves_at: int = -1, folder: Pat
 
     from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
     from yxanul_nemo.config.training import ParallelConfig
-    from yxanul_nemo.runtime import init_process_groups
+    from yxanul_nemo.machine.runtime import init_process_groups
     from yxanul_nemo.training.guard import UpdateGuard
 
     init_process_groups(ParallelConfig(device="cpu"), "cpu", 0)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from yxanul_nemo.config.load import compose, parse
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.gpu_table import BY_KEY
+from yxanul_nemo.machine.gpu_table import BY_KEY
 from yxanul_nemo.model.memory import COMFORTABLE_SHARE, MOST_MICRO_BATCH_TOKENS, forecast_memory_bytes, with_micro_batch
 from yxanul_nemo.training.micro_batch import fit_batch
-from yxanul_nemo.training.phases import plan_phases
 
 GIB = 1 << 30
 

@@ -11,19 +11,19 @@ from tests.ranks import run_ranks
 from tests.training import sessions
 from tests.training.runs import PHASES, PROSE_ALONE, MakeRun, assert_records_cover_each_step, ledger, newest, state
 from yxanul_nemo.bench.cases import bench_cases
+from yxanul_nemo.checkpoint.identity import phase_plan
 from yxanul_nemo.checkpoint.ledger import PhaseRecord
 from yxanul_nemo.checkpoint.shards import ShardReader
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.curriculum.phases import Phase, plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.gpu_table import BY_KEY
 from yxanul_nemo.launch.check import check_machine
-from yxanul_nemo.launch.plan import make_plan
-from yxanul_nemo.runtime import outside_training
+from yxanul_nemo.machine.gpu_table import BY_KEY
+from yxanul_nemo.machine.runtime import outside_training
+from yxanul_nemo.plan.plan import make_plan
 from yxanul_nemo.training import precision_choice
-from yxanul_nemo.training.identity import phase_plan
-from yxanul_nemo.training.phases import Phase, plan_phases
 from yxanul_nemo.training.precision_choice import faster_of, formats_for
 
 RECIPE = ("recipe=yxanul_197m_h100", "parallel.micro_batch_tokens=32768")

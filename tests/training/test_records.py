@@ -10,7 +10,7 @@ from tests.ranks import run_ranks
 def records_of(devices_peak: float | None, speeds: list[float]) -> tuple[list[dict], list[tuple[str, dict]]]:
     """What sinks get, and what is shown, of one step of the second of three phases per record, at those speeds in tokens/s."""
     from yxanul_nemo.config.curriculum import CurriculumConfig
-    from yxanul_nemo.training.phases import plan_phases
+    from yxanul_nemo.curriculum.phases import plan_phases
     from yxanul_nemo.training.records import Recorder
 
     lengths = [{"tokens": 1000, "seq_len": length, "tokens_per_step": 100} for length in (1, 2, 4)]

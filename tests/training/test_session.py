@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.manifest import load_manifest
+from data_prep.corpus.manifest import load_manifest
 from data_prep.prepare import run_data_stage
 from tests.ranks import run_ranks
 from tests.training import sessions
@@ -29,9 +29,9 @@ from tests.training.runs import (
 )
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases, total_tokens
+from yxanul_nemo.curriculum.schedule import learning_rate
 from yxanul_nemo.data.blend import Blend, normalized_shares
-from yxanul_nemo.training.phases import plan_phases, total_tokens
-from yxanul_nemo.training.schedule import learning_rate
 from yxanul_nemo.validation.record import phase_result_path
 
 

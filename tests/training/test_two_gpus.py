@@ -16,10 +16,10 @@ from tests.model.layouts import whole_tensors
 from tests.ranks import run_ranks
 from tests.training.gpu_steps import backend, config, structured
 from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
-from yxanul_nemo.launch.processes import visible_gpus
 from yxanul_nemo.log import configure_logging
+from yxanul_nemo.machine.gpus import visible_gpus
+from yxanul_nemo.machine.runtime import leave_process_groups
 from yxanul_nemo.model.fp8_state import forget_fp8_state, without_absent_scales
-from yxanul_nemo.runtime import leave_process_groups
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(visible_gpus() < 2, reason="needs two GPUs")]
 

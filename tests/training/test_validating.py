@@ -13,11 +13,10 @@ from tests.training import sessions
 from tests.training.runs import lines
 from tests.training.test_session import newest, state
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.adapt import adapted_blend
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.data.blend import Blend, normalized_shares
-from yxanul_nemo.training.adapt import adapted_blend
-from yxanul_nemo.training.phases import plan_phases
-from yxanul_nemo.validation.early_stop import early_stop_tokens
-from yxanul_nemo.validation.record import in_phase_results, phase_result_path
+from yxanul_nemo.validation.record import early_stop_tokens, in_phase_results, phase_result_path
 
 PHASES = (1, 2)
 WITHIN = ("validation.every_tokens=1500", "validation.every_documents=4")
@@ -115,7 +114,7 @@ def adapted(make_run: MakeRun) -> RunConfig:
 
 def test_the_next_phases_blend_follows_the_recorded_ratios(adapted: RunConfig) -> None:
     result = json.loads(phase_result_path(adapted.run.dir, 1).read_text())
-    from data_prep.manifest import load_manifest
+    from data_prep.corpus.manifest import load_manifest
 
     manifest = load_manifest(adapted.data_dir)
     names = adapted.data.source_names

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.manifest import load_manifest
+from data_prep.corpus.manifest import load_manifest
 from yxanul_nemo.config.outputs import DomainConfig, ValidationConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError

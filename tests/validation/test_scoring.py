@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from yxanul_nemo.validation import scoring
+from yxanul_nemo.validation.record import advice, surprise_ratios
 from yxanul_nemo.validation.scoring import Document, batches_of, domain_score, score_documents, windows_of
-from yxanul_nemo.validation.surprise import advice, surprise_ratios
 
 VOCAB, EOS = 50, 49
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.manifest import load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.outputs import DomainConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import load_manifest
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import load_manifest
 from tests.export.conftest import MakeRun
 from tests.ranks import run_ranks
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.training.phases import plan_phases
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.validation.record import find_result
 from yxanul_nemo.validation.scoring import Document
 from yxanul_nemo.validation.stage import validate_checkpoint
@@ -31,7 +31,7 @@ def result_on_ranks(config: RunConfig) -> dict:
     """On each of some ranks: what `stage=validate` makes of the run's checkpoint."""
     from megatron.core import parallel_state
 
-    from yxanul_nemo.training.restore import restore_model
+    from yxanul_nemo.checkpoint.restore import restore_model
     from yxanul_nemo.validation.stage import validate_model
 
     manifest = load_manifest(config.data_dir)

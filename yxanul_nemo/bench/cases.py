@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from yxanul_nemo.config.curriculum import PhaseConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import NumberFormat, PrecisionConfig
+from yxanul_nemo.curriculum.phases import Phase, batch_layout, check_chunks, plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.training.phases import Phase, batch_layout, check_chunks, plan_phases
 
 Shape = tuple[int, int, str, int]
 """Window length, tokens of a step, number format, windows of a micro-batch."""

@@ -1,12 +1,10 @@
 """What `stage=bench` measured: `run.dir/bench/*.json` with a chart beside it, and tables for people."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from yxanul_nemo.bench.cases import Shape, Sweep
@@ -14,14 +12,13 @@ from yxanul_nemo.bench.chart import bench_chart
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.figures import duration
 from yxanul_nemo.files import atomic_file, write_json_atomic
+from yxanul_nemo.log import table_console
 from yxanul_nemo.model.memory import GIB
 
 KERNELS_SHOWN = 20
 COLUMNS = (
     "precision", "seq len", "tokens/step", "micro-batch", "tokens/s", "ms/step", "+-", "MFU", "GiB", "W", "data", "graph"
 )  # fmt: skip
-FILE_WIDTH = 150
-"""Columns of a table where it does not go to a terminal."""
 
 
 def curriculum_speeds(sweeps: Sequence[Sweep], rates: Mapping[Shape, float]) -> list[dict[str, Any]]:
@@ -60,7 +57,7 @@ def write_chart(path: Path, figures: Mapping[str, Any]) -> None:
 
 def show(path: Path, figures: Mapping[str, Any], curriculum: str) -> None:
     """Print the tables, the speed over the curriculum, and where the figures are."""
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+    console = table_console()
     console.print(_case_table(figures["cases"], figures["peak_bf16_flops_per_second"]))
     for speed in figures.get("curriculum", ()):
         console.print(

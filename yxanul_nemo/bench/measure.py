@@ -14,11 +14,12 @@ from megatron.core import parallel_state
 from yxanul_nemo.bench.cases import Case
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows
-from yxanul_nemo.launch.gpus import read_power_watts
+from yxanul_nemo.machine.agreement import any_rank
+from yxanul_nemo.machine.gpus import read_power_watts
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
-from yxanul_nemo.training.agreement import any_rank
-from yxanul_nemo.training.backend import Backend, forget_backends, make_backend
+from yxanul_nemo.training.backend import Backend, forget_backends
+from yxanul_nemo.training.make_backend import make_backend
 from yxanul_nemo.training.metrics import StepMeter
 
 POWER_PERIOD_SECONDS = 0.25

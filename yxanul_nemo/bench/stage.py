@@ -10,22 +10,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.manifest import MANIFEST_NAME, load_manifest
+from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
 from yxanul_nemo.bench.cases import Case, Shape, bench_sweeps, distinct_cases
 from yxanul_nemo.bench.figures import curriculum_speeds, show, write_chart, write_figures
 from yxanul_nemo.bench.measure import measure
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.curriculum.phases import source_sizes
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.data.windows import PhaseWindows, Reading, corpus_shards, open_sources
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
+from yxanul_nemo.machine.environment import describe_environment
+from yxanul_nemo.machine.gpus import rank_and_processes
+from yxanul_nemo.machine.runtime import formats_of, resolve_device
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.model.memory import MEASURED_VOCAB_SIZE, with_micro_batch
-from yxanul_nemo.runtime import formats_of, rank_and_processes, resolve_device
 from yxanul_nemo.training.micro_batch import gpu_memory_bytes
-from yxanul_nemo.training.phases import source_sizes
 from yxanul_nemo.training.records import peak_flops_per_second
 
 RANDOM_DOCUMENT_TOKENS = 588
@@ -68,7 +69,7 @@ def run_bench_stage(config: RunConfig) -> bool:
         "cases": [],
     }
     # Written after every case, so that a run that is cut short keeps what it has measured.
-    path = config.run.dir / "bench" / time.strftime("bench-%Y%m%d-%H%M%S.json")
+    path = config.run.folder.bench / time.strftime("bench-%Y%m%d-%H%M%S.json")
     rates: dict[Shape, float] = {}
     for case in cases:
         row = _describe(case) | _run(config, case, corpus, device, peak)

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.files import write_text_atomic
+from yxanul_nemo.stored import Stored, first_problem
 
 MAX_LEDGER_BYTES = 16 << 20
 
@@ -28,11 +29,7 @@ FLEXIBLE = ("planned_tokens", "lr_scale", "grad_clip", "blend")
 """Fields that may change in a phase under way if `checkpoint.allow_mismatch` names them, as `phase_2.lr_scale`."""
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
-
-
-class PhasePlan(_Frozen):
+class PhasePlan(Stored):
     """What the curriculum says about one phase, as it is trained: after scaling and rounding to whole steps."""
 
     seq_len: int = Field(ge=1)
@@ -59,7 +56,7 @@ class PhasePlan(_Frozen):
         return self
 
 
-class ReadingRecord(_Frozen):
+class ReadingRecord(Stored):
     """What a phase was planned to read of the sources, from one of its windows on."""
 
     first_window: Count
@@ -113,7 +110,7 @@ class PhaseRecord(PhasePlan):
         return self.consumed_tokens == self.planned_tokens
 
 
-class Expected(_Frozen):
+class Expected(Stored):
     """What the run that wants to resume is configured to be; compared with the ledger of a checkpoint."""
 
     corpus_fingerprint: str
@@ -124,12 +121,12 @@ class Expected(_Frozen):
     document_mask: bool = False
     """Whether attention stays inside documents."""
     window_order: str
-    """How windows are ordered (`yxanul_nemo.training.reading.window_order`)."""
+    """How windows are ordered (`DataConfig.window_order`)."""
     phases: tuple[PhasePlan, ...]
     """The whole curriculum."""
 
 
-class Ledger(_Frozen):
+class Ledger(Stored):
     """Position and history of a run.
 
     Raises:
@@ -215,10 +212,7 @@ class Ledger(_Frozen):
         try:
             return cls.model_validate_json(raw)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            message = first["msg"].removeprefix("Value error, ")
-            raise UserError(path, f"{place}: {message}" if place else message, expected, fix) from None
+            raise UserError(path, str(first_problem(error)), expected, fix) from None
 
     def to_json(self) -> str:
         """Indented JSON."""
@@ -437,7 +431,7 @@ class Ledger(_Frozen):
         return ledger
 
 
-def _with[Model: BaseModel](model: Model, **changes: object) -> Model:
+def _with[Model: Stored](model: Model, **changes: object) -> Model:
     """A changed copy that is validated as a new one would be (pydantic's `model_copy` is not)."""
     return type(model)(**(dict(model) | changes))
 

@@ -11,10 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint, fsync_dir, sha256_file, write_text_atomic
+from yxanul_nemo.stored import Stored, first_problem
 
 MANIFEST_NAME = "manifest.json"
 LEDGER_NAME = "ledger.json"
@@ -49,19 +50,15 @@ def _canonical_path(path: str) -> str:
     return path
 
 
-class FileEntry(BaseModel):
+class FileEntry(Stored):
     """Size and content of one file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     size_bytes: int = Field(ge=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Manifest(BaseModel):
+class Manifest(Stored):
     """What a checkpoint is and which files it has; keys of `files` are POSIX paths relative to its directory."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
     format: Literal["yxanul-checkpoint"] = "yxanul-checkpoint"
     format_version: Literal[1] = 1
@@ -116,9 +113,7 @@ def read_manifest(directory: Path) -> Manifest:
         fields.pop("sha256", None)
         manifest = Manifest.model_validate(fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise CorruptCheckpoint(directory, MANIFEST_NAME, f"is invalid ({place}: {first['msg']})") from None
+        raise CorruptCheckpoint(directory, MANIFEST_NAME, f"is invalid ({first_problem(error)})") from None
     except (ValueError, RecursionError) as error:
         if isinstance(error, CorruptCheckpoint):
             raise

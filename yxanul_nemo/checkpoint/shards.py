@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,15 +20,14 @@ from yxanul_nemo.checkpoint.snapshot import HEADER_KEY, HostSnapshot
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.sharding import block_shape, sharded_tensors
+from yxanul_nemo.stored import Stored
 
 DISPENSABLE = ("fp8.attention.", "guard.", "rng.")
 """Beginnings of the names of state that a run can begin anew where its checkpoint has none, because it is new to the run: scales
 of attention in FP8 after windows too short for it, the history of a guard that was off, random states of another layout."""
 
 
-class _Place(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class _Place(Stored):
     offset: list[Annotated[int, Field(ge=0)]]
     global_shape: list[Annotated[int, Field(ge=0)]]
 

@@ -8,7 +8,7 @@ Layout of the folder::
     .tmp-...                      unfinished saves and deletions; `clean_temporaries` removes them
     latest, best                  text pointers for people and tools; resuming goes by the checkpoints themselves
 
-One process writes at a time (see `yxanul_nemo.launch.lock`). Order is by tokens; the clock decides nothing.
+One process writes at a time (see `yxanul_nemo.lock`). Order is by tokens; the clock decides nothing.
 """
 
 import json
@@ -90,10 +90,10 @@ class CheckpointStore:
         self.keep_phase_ends = keep_phase_ends
 
     @classmethod
-    def of_run(cls, config: RunConfig) -> "CheckpointStore":
-        """The checkpoints of a run, kept as it asks for."""
+    def of_run(cls, config: RunConfig, verify: Verify | None = None) -> "CheckpointStore":
+        """The checkpoints of a run, kept and (unless `verify` says otherwise) checked as it asks for."""
         kept = config.checkpoint
-        return cls(config.run.dir / "checkpoints", kept.keep_latest, kept.verify, kept.keep_phase_ends)
+        return cls(config.run.folder.checkpoints, kept.keep_latest, verify or kept.verify, kept.keep_phase_ends)
 
     def begin(self, tokens: int) -> Path:
         """Make a fresh temporary directory for the state after `tokens`; any rank may write files and folders into it.
@@ -213,6 +213,50 @@ class CheckpointStore:
                 "Restore one from a copy, or move this folder away to start from the beginning.",
             )
         return None
+
+    def find(self, which: str) -> Checkpoint | None:
+        """The checkpoint that is meant by `latest`, `best` or the name of its folder; None if there is none.
+
+        `latest` and `best` pass `check`; of a named one only the manifest is looked at.
+
+        Raises:
+            UserError: as `newest_good`.
+        """
+        if which == LATEST_NAME:
+            return self.newest_good()
+        if which == BEST_NAME:
+            return self.best()
+        return next((checkpoint for checkpoint in self.list() if checkpoint.path.name == which), None)
+
+    def choose(self, which: str, key: str = "checkpoint") -> Checkpoint:
+        """The checkpoint that is meant by `latest`, `best` or the name of its folder, checked.
+
+        Args:
+            which: one of the three.
+            key: of the configuration, that `which` is the value of.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        found = self.find(which)
+        if which not in (LATEST_NAME, BEST_NAME):
+            if found is None:
+                raise UserError(self.root / which, "is no complete checkpoint", "a folder that training committed")
+            self.check(found)
+        if found is not None:
+            return found
+        if which == LATEST_NAME or self.newest_good() is None:
+            raise self.no_checkpoint()
+        raise UserError(
+            key,
+            f"is best, but {self.root / BEST_NAME} names no good checkpoint",
+            LATEST_NAME,
+            "The best checkpoint is chosen by the validation at the end of each phase.",
+        )
+
+    def no_checkpoint(self) -> UserError:
+        """The mistake of asking for a checkpoint before there is one."""
+        return UserError(self.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
 
     def mark_best(self, checkpoint: Checkpoint, metric: str, value: float) -> None:
         """Point `best` to `checkpoint` if `value` is lower than that of the present best (or there is none).

@@ -100,6 +100,11 @@ class DataConfig(Section):
         return self
 
     @property
+    def window_order(self) -> str:
+        """The order of windows in words, for the ledger; runs with other words read other windows."""
+        return f"chunks of {self.chunk_tokens} tokens, shuffled over {self.shuffle_tokens}"
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """Sources in the order that fixes their place in blends."""
         return DEMO_SOURCES if self.demo_corpus else tuple(self.sources)

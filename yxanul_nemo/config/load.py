@@ -7,35 +7,63 @@ from typing import Any, get_args
 
 import hydra
 import yaml
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
+from yxanul_nemo.config.base import Section
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.suggest import suggest_key
 from yxanul_nemo.errors import UserError, nearest
+from yxanul_nemo.stored import first_problem
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = REPO_DIR / "conf"
 OF_ONE_COMMAND = {"from_", "prompt"}
 """Fields that say nothing of a run."""
+RETIRED_KEYS = ("plan.scale_to",)
+"""Keys of earlier versions that decided nothing about a model. A stored configuration may have them; they are left out."""
 TEXT_KEYS = ("prompt",)
 """Keys whose values are free text, which the command line takes as it is."""
 
 
-def compose(overrides: Sequence[str] = ()) -> DictConfig:
+def register_schema() -> None:
+    """Give Hydra the schema's defaults as the configuration `schema`, for every section that has no folder of choices in `conf/`."""
+    sections = {name: field.annotation for name, field in RunConfig.model_fields.items() if not field.is_required()}
+    defaults = {
+        name: section().model_dump(mode="json")
+        for name, section in sections.items()
+        if isinstance(section, type) and issubclass(section, Section) and not (CONF_DIR / name).is_dir()
+    }
+    ConfigStore.instance().store(name="schema", node=defaults)
+
+
+register_schema()
+
+
+def compose(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> DictConfig:
     """Compose `conf/` with `key=value` overrides as the command line would.
 
+    Args:
+        overrides: arguments of the command line without Hydra's own options.
+        config_dirs: folders with more options, laid out as `conf/` (the command line's `--config-dir`).
+
     Raises:
-        UserError: an override names no key, group or option, or cannot be parsed.
+        UserError: a folder does not exist, or an override names no key, group or option, or cannot be parsed.
     """
+    for folder in config_dirs:
+        if not folder.is_dir():
+            raise UserError("--config-dir", f"{folder} is not a folder", "a folder laid out as conf/")
+    searched = [f"hydra.searchpath=[{','.join(repr(f'file://{folder.absolute()}') for folder in config_dirs)}]"]
+    overrides = [*searched, *overrides] if config_dirs else overrides
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         try:
             return hydra.compose("config", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             # ValueError: OmegaConf's own, for a name where a list has numbers.
-            raise _override_error(error, overrides) from None
+            raise _override_error(error, overrides, (CONF_DIR, *config_dirs)) from None
 
 
 def with_quoted_text(arguments: Sequence[str]) -> list[str]:
@@ -79,6 +107,9 @@ def load_run_config(path: Path) -> RunConfig:
         raise UserError(path, f"cannot be read ({_first_line(error)})", "YAML") from None
     if not isinstance(loaded, DictConfig):
         raise UserError(path, "is not a mapping", "the config.yaml of a run")
+    for section, _, key in (retired.partition(".") for retired in RETIRED_KEYS):
+        if isinstance(loaded.get(section), DictConfig):
+            loaded[section].pop(key, None)
     return parse(loaded)
 
 
@@ -97,32 +128,35 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def _schema_error(error: ValidationError, values: Mapping[str, Any]) -> UserError:
-    # A key that does not exist explains that another is missing, so it comes first.
-    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"]) or "configuration"
+    first = first_problem(error)
+    where = first.place or "configuration"
     more = f" ({error.error_count() - 1} more of the kind)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
+    if first.kind == "extra_forbidden":
         return UserError(where, f"no such key{more}", fix=suggest_key(where, values))
-    if first["type"] == "missing":
+    if first.kind == "missing":
         return UserError(where, f"is not set{more}", "a value", "Give it in the recipe or as key=value.")
-    if first["type"] == "value_error":
-        return UserError(where, first["msg"].removeprefix("Value error, ") + more)
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return UserError(where, f"got {first['input']!r}{more}", message.removeprefix("input should be "))
+    if first.kind == "value_error":
+        return UserError(where, first.message + more)
+    message = first.message[0].lower() + first.message[1:]
+    return UserError(where, f"got {first.value!r}{more}", message.removeprefix("input should be "))
 
 
-def _override_error(error: Exception, overrides: Sequence[str]) -> UserError:
-    """Hydra's messages name the key in prose only, so it is read from there (hydra-core 1.3)."""
+def _override_error(error: Exception, overrides: Sequence[str], folders: Sequence[Path]) -> UserError:
+    """Hydra's messages name the key in prose only, so it is read from there (hydra-core 1.3).
+
+    Args:
+        folders: with options, `conf/` first.
+    """
     text = str(error)
     found = re.search(r"Could not find '([^']+)/([^'/]+)'", text)
     if found:
         group, option = found.groups()
-        options = [path.stem for path in (CONF_DIR / group).glob("*.yaml")]
+        options = [path.stem for folder in folders for path in (folder / group).glob("*.yaml")]
         return UserError(group, f"no option '{option}'", f"a file of conf/{group}", nearest(option, options))
     groups = [path.name for path in CONF_DIR.iterdir() if path.is_dir()]
     named = re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'", text)
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides if "=" in override]
-    values = _chosen_groups(overrides, groups)
+    values = _chosen_groups(overrides, ["hydra.searchpath", *groups])
     if named and named.group(1) in keys_of(RunConfig):
         return _unreachable_key(named.group(1), getattr(error.__cause__, "full_key", named.group(1)))
     for key in [named.group(1)] if named else keys:

@@ -1,4 +1,4 @@
-"""`conf/checkpoint`, `conf/validation`, `conf/logging`, `conf/export`: what a run leaves behind."""
+"""Sections `checkpoint`, `validation`, `logging` and `export`: what a run leaves behind."""
 
 from pathlib import Path
 from typing import Literal
@@ -11,19 +11,20 @@ from yxanul_nemo.config.base import Section
 class CheckpointConfig(Section):
     """When state is committed to disk and what is kept. The end of each phase is always saved and kept."""
 
-    every_tokens: float = Field(gt=0)
+    every_tokens: float = Field(default=100e6, gt=0)
     """Tokens between two checkpoints inside a phase."""
     keep_latest: int = Field(default=3, ge=1)
     """Checkpoints kept beside the best one and the ends of phases."""
     keep_phase_ends: bool = True
     """Keep the end of every phase; false: only as one of the latest or the best."""
     asynchronous: bool = True
-    """Training waits only until its state is copied into host memory (of the size of a checkpoint) and goes on while a thread writes it."""
+    """Training waits only until its state is copied into host memory (about 12 bytes per parameter) and goes on while a thread writes it;
+    false: it waits for the disk."""
     verify: Literal["full", "size"] = "full"
     """What loading checks against the manifest: SHA-256 of every file, or only their sizes."""
     allow_mismatch: list[str] = Field(default_factory=list)
     """Differences between a checkpoint and the configured run that a resume may accept, by the names that the refusal gives
-    them; each is noted in the ledger."""
+    them, as in `[config]` or `[phase_2.lr_scale]`; each is noted in the ledger."""
 
 
 class DomainConfig(Section):
@@ -104,12 +105,13 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     """Also write TensorBoard event files, into `run.dir/tensorboard`."""
     wandb: bool = False
-    """Also send records to Weights & Biases; without an account they are kept in `run.dir/trackers/wandb` for `wandb sync`."""
+    """Also send records to Weights & Biases (needs `uv sync --extra wandb`); without an account they are kept in
+    `run.dir/trackers/wandb` for `wandb sync`."""
     wandb_project: str = "yxanul"
     """Project that a Weights & Biases run belongs to."""
     mlflow: bool | str = False
-    """Also send records to MLflow: the address of a tracking server, or true for MLFLOW_TRACKING_URI or else files in
-    `run.dir/trackers/mlflow`."""
+    """Also send records to MLflow (needs `uv sync --extra mlflow`): the address of a tracking server, or true for
+    MLFLOW_TRACKING_URI or else files in `run.dir/trackers/mlflow`."""
 
 
 class ExportConfig(Section):

@@ -22,7 +22,8 @@ Written by `uv run python -m yxanul_nemo.config.reference` from the schema in `y
 A recipe (`recipe=NAME`) chooses one file from each folder of `conf/` and changes what it must. On the command line, `group=option`
 chooses another file and `key=value` changes one key; later ones win. `+key=value` adds what no file has, such as another source;
 `~key` takes something out. `--cfg job` shows the result. Lists count from 0: `curriculum.phases.0.seq_len=16` is the first phase.
-The default is the schema's; a file of `conf/` may say something else, and where there is "-" it has to.
+The default is the schema's; a file of `conf/` may say something else, and where there is "-" it has to. Sections without a table of
+options have no folder in `conf/`.
 """
 
 

@@ -7,17 +7,14 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
-from yxanul_nemo.config.bench import BenchConfig
 from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
-from yxanul_nemo.config.guards import GuardsConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
-from yxanul_nemo.config.plan import PlanConfig
-from yxanul_nemo.config.report import ReportConfig
-from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
-from yxanul_nemo.config.use import EvaluateConfig, GenerateConfig
+from yxanul_nemo.config.stages import BenchConfig, EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig
+from yxanul_nemo.config.training import GuardsConfig, OptimConfig, ParallelConfig, PrecisionConfig
+from yxanul_nemo.run_folder import RunFolder
 
 
 class RunSection(Section):
@@ -32,6 +29,11 @@ class RunSection(Section):
     description: str = ""
     """What this recipe is for."""
 
+    @property
+    def folder(self) -> RunFolder:
+        """Paths of what is in `dir`."""
+        return RunFolder(self.dir)
+
 
 class RunConfig(Section):
     """Everything that decides a run."""
@@ -43,12 +45,12 @@ class RunConfig(Section):
     curriculum: CurriculumConfig
     optim: OptimConfig
     precision: PrecisionConfig
-    parallel: ParallelConfig
-    checkpoint: CheckpointConfig
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
     guards: GuardsConfig = GuardsConfig()
     validation: ValidationConfig
-    logging: LoggingConfig
-    export: ExportConfig
+    logging: LoggingConfig = LoggingConfig()
+    export: ExportConfig = ExportConfig()
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
     report: ReportConfig = ReportConfig()
@@ -76,7 +78,7 @@ class RunConfig(Section):
     @property
     def data_dir(self) -> Path:
         """Folder with the prepared tokens."""
-        return self.data.dir or self.run.dir / "data"
+        return self.data.dir or self.run.folder.data
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

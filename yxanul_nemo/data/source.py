@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.indexed import IndexedTokens
+from data_prep.corpus.indexed import IndexedTokens
 from yxanul_nemo.data.permutation import KeyedPermutation
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import CorpusManifest
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import CorpusManifest
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import Blend
 from yxanul_nemo.data.order import PlannedWindows, WindowOrder

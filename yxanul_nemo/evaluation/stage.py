@@ -11,11 +11,11 @@ from yxanul_nemo.evaluation.generated import PassAt1, gsm8k, humaneval
 from yxanul_nemo.evaluation.harness import require_harness, run_harness
 from yxanul_nemo.evaluation.likelihood import answer
 from yxanul_nemo.evaluation.questions import Question, make_choice, make_cloze
+from yxanul_nemo.evaluation.sources import slug
 from yxanul_nemo.export.source import Loaded, load_source
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
 from yxanul_nemo.validation.domains import domain_texts
-from yxanul_nemo.validation.sources import slug
 
 MAKERS: dict[str, tuple[Callable[..., list[Question]], bool]] = {
     "choice": (make_choice, True),
@@ -40,7 +40,7 @@ def run_evaluate_stage(config: RunConfig) -> None:
     result = {"model": loaded.described, "settings": config.evaluate.model_dump(mode="json")}
     result |= evaluate(config, loaded)
     logger.info("%s:\n%s", loaded.described, evaluation_table(result))
-    path = config.run.dir / "evaluation" / f"{slug(sources[0])}.json"
+    path = config.run.folder.evaluation / f"{slug(sources[0])}.json"
     with disk_errors(config.run.dir, "writing an evaluation"):
         write_json_atomic(path, result)
     logger.info("written: %s", path)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data_prep.manifest import load_manifest
-from data_prep.tokenizer import Tokenizer
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from data_prep.corpus.manifest import load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.restore import restore_model
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
-from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import llama_config, to_llama
 from yxanul_nemo.export.formats import model_card, write_hf, write_nemo
 from yxanul_nemo.export.gguf_file import load_gguf, write_gguf
@@ -30,14 +30,13 @@ from yxanul_nemo.export.parity import (
     require_exportable,
 )
 from yxanul_nemo.export.publish import list_files, recover_folder, replace_folder, sync_folder
-from yxanul_nemo.export.record import named_checkpoint, write_record
+from yxanul_nemo.export.record import write_record
 from yxanul_nemo.log import logger
+from yxanul_nemo.machine.gpus import rank_and_processes
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
-from yxanul_nemo.training.restore import restore_model
 from yxanul_nemo.validation.record import find_result
 
-UNFINISHED = ".export.tmp"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 NEMO_NAME, HF_NAME, GGUF_NAME = "model.nemo", "hf", "model.gguf"
 
@@ -50,7 +49,7 @@ def export_checkpoint(config: RunConfig) -> None:
         ParityError: what was written does not compute what the checkpoint does; nothing is left behind, and an older
             export stays as it was.
     """
-    if int(os.environ.get("RANK", "0")) != 0:
+    if rank_and_processes()[0]:
         return
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         # Under torchrun the first process does it alone.
@@ -66,26 +65,20 @@ class Exporter:
     def __init__(self, config: RunConfig):
         self.config = config
         self.manifest = load_manifest(config.data_dir)
-        self.checkpoint = chosen_checkpoint(config)
+        self.checkpoint = CheckpointStore.of_run(config).choose(config.export.checkpoint, "export.checkpoint")
         require_exportable(config.model)
-        self.tokenizer_folder = config.run.dir / "tokenizer"
-        self.tokenizer = Tokenizer.load(self.tokenizer_folder)
-        if self.tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:
-            raise UserError(
-                self.tokenizer_folder,
-                "is not the tokenizer of the data",
-                fix="Run `python launcher.py stage=data` again.",
-            )
+        self.tokenizer_folder = config.run.folder.tokenizer
+        self.tokenizer = Tokenizer.load_known(self.tokenizer_folder, self.manifest.tokenizer_fingerprint)
         if "gguf" in config.export.formats:
             require_expressible(self.tokenizer, self.tokenizer_folder)
         self.dtype = DTYPES[config.export.dtype]
 
     def run(self) -> None:
         """Write, prove, publish."""
-        run_dir = self.config.run.dir
-        place, unfinished = run_dir / "export", run_dir / UNFINISHED
+        run = self.config.run.folder
+        place, unfinished = run.export, run.unfinished_export
         model = restore_model(self.config, self.checkpoint, self.manifest.vocab_size, *reference_precision())
-        with disk_errors(run_dir, "exporting", also=(SafetensorError,)):
+        with disk_errors(run.root, "exporting", also=(SafetensorError,)):
             recover_folder(place)
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -156,27 +149,6 @@ class Exporter:
             parity=parity,
             validation=find_result(self.config, self.checkpoint),
         )
-
-
-def chosen_checkpoint(config: RunConfig) -> Checkpoint:
-    """The checkpoint that `export.checkpoint` names; UserError if there is none."""
-    store = CheckpointStore(config.run.dir / "checkpoints", verify=config.checkpoint.verify)
-    newest = store.newest_good()
-    if newest is None:
-        raise UserError(store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
-    if config.export.checkpoint == "latest":
-        return newest
-    if config.export.checkpoint != "best":
-        return named_checkpoint(store, config.export.checkpoint)
-    best = store.best()
-    if best is None:
-        raise UserError(
-            "export.checkpoint",
-            f"is best, but {store.root / 'best'} names no good checkpoint",
-            "latest",
-            "The best checkpoint is chosen by the validation at the end of each phase.",
-        )
-    return best
 
 
 def _in_words(result: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.export.fold import factorized_config, llama_config, to_llama
 from yxanul_nemo.model.counts import parameter_count

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from data_prep.tokenizer import Tokenizer
-from data_prep.tokenizer_libraries import read_json
+from data_prep.tokenizers.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.llama import build_llama
 

@@ -8,9 +8,9 @@ from typing import Any
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from data_prep.superbpe_rules import superword_rules
-from data_prep.tokenizer import Tokenizer
-from data_prep.tokenizer_libraries import read_json
+from data_prep.tokenizers.superbpe_rules import superword_rules
+from data_prep.tokenizers.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.errors import UserError
 
 

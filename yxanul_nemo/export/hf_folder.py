@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_prep.tokenizer import Tokenizer
-from data_prep.tokenizer_libraries import read_json
+from data_prep.tokenizers.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint, sha256_file
 

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.manifest import load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import LLAMA_NAMES, TABLE, from_llama
 from yxanul_nemo.export.hf_folder import CONFIG_NAME, HfFolder, open_hf_folder
 from yxanul_nemo.files import sha256_file
-from yxanul_nemo.launch.lock import RunLock
+from yxanul_nemo.lock import RunLock
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.nemo_archive import open_archive
-from yxanul_nemo.training.phases import plan_phases
 
 SHAPE_KEYS = (
     "num_layers",
@@ -148,11 +148,11 @@ def _repadded(table: Tensor, vocab_size: int, model: ModelConfig) -> Tensor:
 
 
 def _commit(config: RunConfig, store: CheckpointStore, weights: Mapping[str, Tensor], note: str) -> Checkpoint:
+    from yxanul_nemo.checkpoint.identity import expected_run
     from yxanul_nemo.checkpoint.shards import save_shards
     from yxanul_nemo.model.build import build_model, reference_precision
     from yxanul_nemo.model.whole_weights import load_whole_weights
     from yxanul_nemo.training.cpu_backend import CpuBackend
-    from yxanul_nemo.training.identity import expected_run
 
     manifest = load_manifest(config.data_dir)
     model = build_model(config.model, manifest.vocab_size, *reference_precision(), seed=config.run.seed)

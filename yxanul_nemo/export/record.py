@@ -1,4 +1,4 @@
-"""Which checkpoint is exported, and what was exported from which, so that a repeated command knows. Light, for the launcher."""
+"""What was exported from which checkpoint, so that a repeated command knows. Light, for the launcher."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,7 @@ from typing import Any
 
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
-
-RECORD_NAME = "export.json"
 
 
 def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
@@ -20,14 +17,12 @@ def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
     """
     wanted: Checkpoint | None = newest
     if config.export.checkpoint != "latest":
-        store = CheckpointStore(config.run.dir / "checkpoints", verify="size")
-        which = config.export.checkpoint
-        wanted = store.best() if which == "best" else next((c for c in store.list() if c.path.name == which), None)
+        wanted = CheckpointStore.of_run(config, verify="size").find(config.export.checkpoint)
         if wanted is None:
             return False
-    folder = config.run.dir / "export"
+    folder = config.run.folder.export
     try:
-        record = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+        record = json.loads(config.run.folder.export_record.read_text(encoding="utf-8"))
         return (
             record["checkpoint_digest"] == wanted.manifest.digest
             and record["settings"] == _settings(config)
@@ -36,15 +31,6 @@ def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         # Absent, damaged, or of another version of the project: exported anew.
         return False
-
-
-def named_checkpoint(store: CheckpointStore, name: str) -> Checkpoint:
-    """The checkpoint in the folder `name`, checked; UserError if there is no complete one."""
-    found = next((checkpoint for checkpoint in store.list() if checkpoint.path.name == name), None)
-    if found is None:
-        raise UserError(store.root / name, "is no complete checkpoint", "a folder that training committed")
-    store.check(found)
-    return found
 
 
 def write_record(
@@ -64,7 +50,7 @@ def write_record(
         "parity": parity,
         "files": files,
     }
-    write_json_atomic(folder / RECORD_NAME, record)
+    write_json_atomic(folder / config.run.folder.export_record.name, record)
 
 
 def _settings(config: RunConfig) -> dict[str, Any]:

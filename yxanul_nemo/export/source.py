@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import llama_config, to_llama
 from yxanul_nemo.export.hf_folder import CONFIG_NAME, open_hf_folder
 from yxanul_nemo.export.llama import build_llama
-from yxanul_nemo.export.record import named_checkpoint
 from yxanul_nemo.model.nemo_archive import open_archive
+from yxanul_nemo.run_folder import RunFolder
 
 SOURCES = "the folder of a run or of a checkpoint, a .nemo file, or a Hugging Face folder"
 
@@ -48,10 +48,12 @@ def load_source(source: Path, checkpoint: str = "best", device: str = "auto") ->
         loaded = _from_nemo(source)
     elif (source / CONFIG_NAME).is_file():
         loaded = _from_hf(source)
-    elif (source / "checkpoints").is_dir():
-        loaded = _from_checkpoint(_chosen(source / "checkpoints", checkpoint))
-    elif source.parent.name == "checkpoints" and source.is_dir():
-        loaded = _from_checkpoint(named_checkpoint(CheckpointStore(source.parent), source.name))
+    elif RunFolder(source).checkpoints.is_dir():
+        store = CheckpointStore(RunFolder(source).checkpoints)
+        # Before the first validation none is marked as the best.
+        loaded = _from_checkpoint(store.find(checkpoint) or store.choose("latest"))
+    elif source.is_dir() and source.parent == RunFolder(source.parent.parent).checkpoints:
+        loaded = _from_checkpoint(CheckpointStore(source.parent).choose(source.name))
     else:
         raise UserError(source, "does not exist" if not source.exists() else "holds no model", SOURCES)
     loaded.model.to(target, torch.bfloat16 if target.type == "cuda" else torch.float32)
@@ -73,28 +75,21 @@ def _from_hf(path: Path) -> Loaded:
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Loaded:
+    from yxanul_nemo.checkpoint.restore import restore_model
     from yxanul_nemo.model.build import reference_precision
-    from yxanul_nemo.training.restore import restore_model
 
     # What it was trained with, whatever the run is configured for now.
     config = load_run_config(checkpoint.path / "config.yaml")
-    tokenizer_folder = checkpoint.path.parent.parent / "tokenizer"
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    if tokenizer.fingerprint != checkpoint.read_ledger().tokenizer_fingerprint:
-        raise UserError(tokenizer_folder, f"is not the tokenizer of {checkpoint.path}")
+    tokenizer = Tokenizer.load_known(
+        RunFolder(checkpoint.path.parent.parent).tokenizer,
+        checkpoint.read_ledger().tokenizer_fingerprint,
+        user=str(checkpoint.path),
+    )
     model = restore_model(config, checkpoint, tokenizer.vocab_size, *reference_precision())
     shape = model.model_shape
     weights = to_llama(model.state_dict(), shape, tokenizer.vocab_size)
     llama = build_llama(weights, llama_config(shape, tokenizer.vocab_size, tokenizer.eos_id, None, "float32"))
     return Loaded(llama, tokenizer, shape.max_position_embeddings, str(checkpoint.path))
-
-
-def _chosen(root: Path, which: str) -> Checkpoint:
-    store = CheckpointStore(root)
-    checkpoint = (store.best() if which == "best" else None) or store.newest_good()
-    if checkpoint is None:
-        raise UserError(root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
-    return checkpoint
 
 
 def _resolve_device(device: str) -> torch.device:

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from yxanul_nemo.kernels.linear_cross_entropy import VocabShard
 from yxanul_nemo.kernels.linear_cross_entropy_kernels import (
     bias_kernel,
     de_kernel,
@@ -28,6 +27,7 @@ from yxanul_nemo.kernels.linear_cross_entropy_kernels import (
     head_forward_kernel,
     label_kernel,
 )
+from yxanul_nemo.kernels.vocab_shard import VocabShard
 
 BLOCK_LABELS = 32
 

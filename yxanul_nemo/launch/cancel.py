@@ -6,9 +6,9 @@ import time
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.lock import running_launcher
 from yxanul_nemo.launch.slurm import commands
 from yxanul_nemo.launch.slurm.record import ChainRecord
+from yxanul_nemo.lock import running_launcher
 from yxanul_nemo.log import logger
 
 WAIT_SECONDS = 60.0

@@ -9,13 +9,13 @@ import torch
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.environment import describe_environment
 from yxanul_nemo.log import logger
+from yxanul_nemo.machine.environment import describe_environment
+from yxanul_nemo.machine.runtime import check_precision, formats_of, resolve_device, resolve_layer_spec, te_version
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, room_for
 from yxanul_nemo.model.fused_layers import uses_tiles
 from yxanul_nemo.model.memory import MOST_MICRO_BATCH_TOKENS
-from yxanul_nemo.runtime import check_precision, formats_of, resolve_device, resolve_layer_spec, te_version
 
 PRECISIONS = ("fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8")
 PROBE_VOCAB, PROBE_WINDOWS, PROBE_SEQ_LEN = 1024, 4, 128

@@ -12,10 +12,10 @@ from rich.progress import Task as Bar
 from rich.text import Text
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases, total_tokens
 from yxanul_nemo.figures import GIB, clock, count
 from yxanul_nemo.launch.interrupts import ASKED_TO_STOP, StopSignals
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.training.phases import plan_phases, total_tokens
 
 
 class TaskDisplay:

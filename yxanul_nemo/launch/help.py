@@ -56,6 +56,7 @@ CHOICES  group=option, another file of conf/
 
 KEYS  key=value changes one, as in optim.lr=3e-4 or curriculum.phases.0.seq_len=16; +key=value adds, ~key takes out.
   All keys with meaning, unit and default: docs/config.md. What a command line comes to: --cfg job.
+  --config-dir DIR  recipes and other options from a folder of your own, laid out as conf/
 
 REPEATING a command does only what is not done yet, after a crash too. Ctrl-C, SIGTERM and SIGUSR1 save and end.
 Everything of a run is in run.dir (default runs/<recipe>): checkpoints/, metrics.jsonl, tensorboard/, validation/, export/, logs/.

@@ -1,12 +1,9 @@
 """Stages that run alone. They leave what was trained as it is, and but for `import`, which begins a run, take no lock."""
 
-import logging
-import warnings
-
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.help import help_text
-from yxanul_nemo.log import configure_logging
+from yxanul_nemo.log import configure_logging, quiet_libraries
 
 LONE_STAGES = (
     "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "generate", "evaluate", "import",
@@ -37,13 +34,13 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         print(help_text())
         return True
     if name == "plan":
-        from yxanul_nemo.launch.plan_stage import run_plan_stage
+        from yxanul_nemo.plan.stage import run_plan_stage
 
         run_plan_stage(config)
         return True
     configure_logging()
     if name in WITH_SOURCES:
-        _quiet_libraries()
+        quiet_libraries()
         _use_models(config, name)
         return True
     if name == "report":
@@ -62,8 +59,8 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         cancel_run(config)
         return True
     if name in ("check", "bench"):
-        _quiet_libraries()
-        from yxanul_nemo.runtime import leave_process_groups
+        quiet_libraries()
+        from yxanul_nemo.machine.runtime import leave_process_groups
 
         if name == "bench":
             from yxanul_nemo.bench.stage import run_bench_stage as run
@@ -97,13 +94,6 @@ def _use_models(config: RunConfig, name: str) -> None:
 
         run_import_stage(config)
     else:
-        from yxanul_nemo.validation.sources import validate_sources
+        from yxanul_nemo.evaluation.sources import validate_sources
 
         validate_sources(config)
-
-
-def _quiet_libraries() -> None:
-    """Libraries warn at import about optional parts that are absent by choice."""
-    warnings.filterwarnings("ignore")
-    for library in ("megatron", "nemo_logger", "torch.utils.cpp_extension", "torch.distributed"):
-        logging.getLogger(library).setLevel(logging.ERROR)

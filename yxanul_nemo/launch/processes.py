@@ -13,10 +13,10 @@ from typing import BinaryIO
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.launch.display import TaskDisplay
-from yxanul_nemo.launch.gpus import visible_devices
 from yxanul_nemo.launch.interrupts import StopSignals
 from yxanul_nemo.launch.slurm.step import srun_command
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.machine.gpus import process_count, threads_per_process, visible_gpus, world_size
 
 WORKER = "yxanul_nemo.launch.worker"
 PR_SET_PDEATHSIG = 1
@@ -48,7 +48,7 @@ class Workers:
 
     def log_path(self, task: Task) -> Path:
         """File with all that a task has printed."""
-        return self._config.run.dir / "logs" / f"{task.name}.log"
+        return self._config.run.folder.log(task.name)
 
     def start_ahead(self) -> None:
         """Let a worker import what tasks need, where it can wait for one."""
@@ -150,35 +150,6 @@ class Workers:
         log_file.write(text)
         log_file.flush()
         self.last_lines.append(text.decode(errors="replace").rstrip())
-
-
-def world_size(config: RunConfig) -> int:
-    """Training processes of the run, on all of its machines."""
-    nodes = config.cluster.nodes if config.cluster.scheduler == "slurm" else 1
-    return nodes * process_count(config)
-
-
-def process_count(config: RunConfig) -> int:
-    """Training processes on one machine: this one, or a node of the cluster."""
-    count = config.parallel.processes_per_node
-    if count != "auto":
-        return count
-    if config.cluster.scheduler == "slurm":
-        return 1 if config.parallel.device == "cpu" else max(1, config.cluster.gpus_per_node)
-    return 1 if config.parallel.device == "cpu" else max(1, visible_gpus())
-
-
-def threads_per_process(config: RunConfig, processes: int) -> int:
-    """OpenMP threads of each of so many processes on one machine."""
-    return config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // processes)
-
-
-def visible_gpus() -> int:
-    """GPUs by device files, so that the launcher need not load the driver."""
-    visible = visible_devices()
-    if visible is not None:
-        return len([device for device in visible if device != "-1"])
-    return sum(1 for path in Path("/dev").glob("nvidia*") if path.name[6:].isdigit())
 
 
 def end_with_parent(parent: int) -> None:

@@ -1,19 +1,20 @@
 """What of a run is done, by what lies in its folder, and what can be checked before any of the rest is spent. Light."""
 
-from data_prep.manifest import MANIFEST_NAME, load_manifest
-from data_prep.tokenizer import Tokenizer
+import importlib.util
+
+from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.config.outputs import LoggingConfig
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.record import is_exported
-from yxanul_nemo.launch.extras import check_trackers
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.training.identity import expected_run
-from yxanul_nemo.training.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
-from yxanul_nemo.validation.early_stop import early_stop_tokens
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
-from yxanul_nemo.validation.record import find_result, phase_result_path
+from yxanul_nemo.validation.record import early_stop_tokens, find_result
 
 
 class RunState:
@@ -69,7 +70,7 @@ class RunState:
         if any(task.kind == "train" for task in todo):
             check_trackers(self.config.logging)
         if todo and "train" not in self.stages and self.newest() is None:
-            raise UserError(self.store.root, "holds no checkpoint", fix="Run `python launcher.py stage=train` first.")
+            raise self.store.no_checkpoint()
 
     def check_with_data(self, todo: list[Task]) -> None:
         """The prepared corpus and the newest checkpoint against the configured run; raises UserError."""
@@ -79,7 +80,7 @@ class RunState:
         if any(task.kind != "export" for task in todo):
             check_heldout(config.validation, manifest)
         if any(task.kind == "export" for task in todo) and "gguf" in config.export.formats:
-            folder = config.run.dir / "tokenizer"
+            folder = config.run.folder.tokenizer
             require_expressible(Tokenizer.load(folder), folder)
         if "train" not in self.stages:
             return
@@ -98,6 +99,17 @@ class RunState:
             return True
         if newest.phase < number or (newest.phase == number and not newest.phase_end):
             return False
-        if phase_result_path(self.config.run.dir, number).is_file():
+        if self.config.run.folder.phase_result(number).is_file():
             return True
         return not any(c.phase == number and c.phase_end for c in self.store.list())
+
+
+def check_trackers(config: LoggingConfig) -> None:
+    """Refuse a tracker whose package is not installed."""
+    for key, asked in (("wandb", config.wandb), ("mlflow", config.mlflow)):
+        if asked and importlib.util.find_spec(key) is None:
+            raise UserError(
+                f"logging.{key}",
+                f"is {asked}, but the package {key} is not installed",
+                fix=f"Run `uv sync --extra {key}`, or set logging.{key}=false.",
+            )

@@ -7,26 +7,23 @@ from typing import Any
 from data_prep.prepare import run_data_stage
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.files import write_json_atomic, write_text_atomic
-from yxanul_nemo.launch.environment import write_environment
 from yxanul_nemo.launch.interrupts import Interrupted, StopSignals
-from yxanul_nemo.launch.lock import RunLock
 from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
 from yxanul_nemo.launch.processes import Workers
 from yxanul_nemo.launch.run_state import RunState
-from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.launch.tasks import STAGES, Task
+from yxanul_nemo.lock import RunLock
 from yxanul_nemo.log import configure_logging, logger
-from yxanul_nemo.training.phases import selected_phases
+from yxanul_nemo.machine.environment import write_environment
 from yxanul_nemo.validation.record import find_result
 from yxanul_nemo.validation.table import table
 
-STAGES = ("data", "train", "validate", "export")
 LEFTOVER_SECONDS = 60.0
 """How long a repeated command waits for the worker of a launcher that was killed, which saves and ends."""
-PREEMPTED_NAME = "preempted"
-"""File in the run's folder while the last command was stopped by a scheduler's signal."""
 
 
 class StageFailed(Exception):
@@ -89,8 +86,8 @@ def run_here(config: RunConfig, stages: list[str], after: Task | None = None) ->
     with StopSignals() as signals:
         try:
             with RunLock(config.run.dir, LEFTOVER_SECONDS) as lock:
-                configure_logging(config.run.dir / "logs" / "launcher.log")
-                (config.run.dir / PREEMPTED_NAME).unlink(missing_ok=True)
+                configure_logging(config.run.folder.log("launcher"))
+                config.run.folder.preempted.unlink(missing_ok=True)
                 chain = Chain(config, stages, lock.fd, signals)
                 try:
                     chain.run(after)
@@ -98,7 +95,7 @@ def run_here(config: RunConfig, stages: list[str], after: Task | None = None) ->
                     chain.workers.close()
                     if signals.received not in (None, signal.SIGINT):
                         marker = {"signal": signals.received.name, "time_unix": time.time()}
-                        write_json_atomic(config.run.dir / PREEMPTED_NAME, marker)
+                        write_json_atomic(config.run.folder.preempted, marker)
         except Interrupted:
             raise Stopped("the launcher: what is finished is kept.", signals.received) from None
 
@@ -155,10 +152,10 @@ class Chain:
         if self._recorded:
             return
         self._recorded = True
-        run_dir = self.config.run.dir
-        with disk_errors(run_dir, "writing the run's records"):
-            write_text_atomic(run_dir / "config.yaml", to_yaml(self.config))
-            write_environment(run_dir / "environment.json")
+        folder = self.config.run.folder
+        with disk_errors(folder.root, "writing the run's records"):
+            write_text_atomic(folder.config, to_yaml(self.config))
+            write_environment(folder.environment)
 
     def _run_task(self, task: Task, more: bool) -> None:
         code = self.workers.run(task, more)

@@ -1,29 +1,25 @@
 """`stage=status`: what of a run is done, at work and waiting, with speed and time left; of a chain of jobs and of a local run."""
 
-import sys
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
-from data_prep.manifest import load_manifest
+from data_prep.corpus.manifest import load_manifest
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import Phase, plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.lock import Owner, running_launcher
-from yxanul_nemo.launch.progress_made import PhaseDone, phases_done
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
 from yxanul_nemo.launch.slurm.commands import JobState
 from yxanul_nemo.launch.slurm.record import ChainRecord, Job, JobNote
 from yxanul_nemo.launch.slurm.script import log_path
-from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.log import logger
+from yxanul_nemo.launch.tasks import STAGES, Task
+from yxanul_nemo.lock import Owner, running_launcher
+from yxanul_nemo.log import logger, table_console
 from yxanul_nemo.model.counts import training_flops_per_token
-from yxanul_nemo.training.phases import Phase, plan_phases
+from yxanul_nemo.plan.progress import PhaseDone, phases_done
 
-ALL_STAGES = ["data", "train", "validate", "export"]
-FILE_WIDTH = 150
 WORDS = {"PENDING": "queued", "COMPLETING": "ending", "TIMEOUT": "over its limit", "COMPLETED": "ended"}
 
 
@@ -51,7 +47,7 @@ class Row:
 def show_status(config: RunConfig) -> None:
     """Print the table on standard output; reads, and changes nothing."""
     rows, chain = status_rows(config), ChainRecord.read(config.run.dir)
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+    console = table_console()
     head = f"[bold]{config.run.name}[/bold] in {config.run.dir}"
     console.print(f"{head}, submitted {chain.submitted}" if chain else head, soft_wrap=True)
     console.print(_table(rows))
@@ -71,13 +67,13 @@ def status_rows(config: RunConfig) -> list[Row]:
         UserError: every checkpoint of the run is damaged.
     """
     quick = config.checkpoint.model_copy(update={"verify": "size"})
-    state = RunState(config.model_copy(update={"checkpoint": quick, "phases": None}), ALL_STAGES)
+    state = RunState(config.model_copy(update={"checkpoint": quick, "phases": None}), list(STAGES))
     chain = ChainRecord.read(config.run.dir)
     jobs = {job.task: job for job in chain.jobs} if chain else {}
     known = _known(chain)
     newest, owner = state.newest(), running_launcher(config.run.dir)
     phases = plan_phases(config.curriculum)
-    done = phases_done(config.run.dir, newest.read_ledger() if newest else None, phases)
+    done = phases_done(config.run.folder.metrics, newest.read_ledger() if newest else None, phases)
     speeds = _Speeds(config, phases, done)
     rows: list[Row] = []
     for task in (Task("data"), *state.tasks):

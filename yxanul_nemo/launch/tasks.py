@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+STAGES = ("data", "train", "validate", "export")
+"""The stages of the pipeline, in order."""
+
 
 @dataclass(frozen=True)
 class Task:

@@ -15,7 +15,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,19 +24,9 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.processes import CONTROL, end_with_parent
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.log import configure_logging
-
-RANK = int(os.environ.get("RANK", "0"))
-"""Of this process among those that torchrun or Slurm has started."""
-NOISY_LOGGERS = (
-    "megatron",
-    "nemo",
-    "nemo_logger",
-    "torch.utils.cpp_extension",
-    "lightning",
-    "lightning.pytorch",
-    "torch.distributed",
-)
+from yxanul_nemo.log import configure_logging, quiet_libraries
+from yxanul_nemo.machine.gpus import rank_and_processes
+from yxanul_nemo.run_folder import RunFolder
 
 
 def main() -> int:
@@ -49,7 +38,7 @@ def main() -> int:
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
     # What all ranks do alike is said by the first one.
-    configure_logging(level=logging.WARNING if RANK else logging.INFO)
+    configure_logging(level=logging.WARNING if rank_and_processes()[0] else logging.INFO)
     quiet_libraries()
     import yxanul_nemo.training.session  # noqa: F401 - most of the time that a short task takes
 
@@ -92,14 +81,15 @@ def do_in_fork(run_dir: Path, task: Task) -> None:
 def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
     """Do a task, with its begin and end told; returns the exit code."""
     try:
-        run(load_run_config(run_dir / "config.yaml"), task)
+        run(load_run_config(RunFolder(run_dir).config), task)
         # NCCL complains of processes that end without; after a failure it would wait for the other ranks.
-        from yxanul_nemo.runtime import leave_process_groups
+        from yxanul_nemo.machine.runtime import leave_process_groups
 
         leave_process_groups()
         code = 0
     except UserError as error:
-        print(f"error{f' (rank {RANK})' if RANK else ''}: {error}", file=sys.stderr)
+        rank, _ = rank_and_processes()
+        print(f"error{f' (rank {rank})' if rank else ''}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         code = 128 + signal.SIGINT
@@ -143,13 +133,6 @@ def run(config: RunConfig, task: Task) -> None:
         from yxanul_nemo.export.export import export_checkpoint
 
         export_checkpoint(config)
-
-
-def quiet_libraries() -> None:
-    """Libraries warn at import about optional parts that are absent by choice; the log is for the run."""
-    warnings.filterwarnings("ignore")
-    for name in NOISY_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 if __name__ == "__main__":

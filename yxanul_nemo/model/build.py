@@ -5,10 +5,10 @@ import torch
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.log import logger
+from yxanul_nemo.machine.runtime import check_precision, init_process_groups, resolve_device, resolve_layer_spec
 from yxanul_nemo.model.fused_layers import uses_tiles, why_not_fused
 from yxanul_nemo.model.gpt import YxanulGPT, transformer_config
 from yxanul_nemo.model.init import initialize
-from yxanul_nemo.runtime import check_precision, init_process_groups, resolve_device, resolve_layer_spec
 
 
 def build_model(

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from data_prep.tokenizer import RECORD_FILE, Tokenizer
-from data_prep.tokenizer_libraries import read_json
+from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer
+from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.safe_config import read_config
-from yxanul_nemo.export.safe_tar import safe_extract
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.model.whole_weights import require_weights, weight_shapes
+from yxanul_nemo.stored import Stored, first_problem
+from yxanul_nemo.unpacking.safe_config import read_config
+from yxanul_nemo.unpacking.safe_tar import safe_extract
 
 TARGET = "yxanul_nemo.model.nemo_model.YxanulModel"
 CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"
@@ -43,11 +44,7 @@ ARTIFACT = "nemo:"
 MADE_BY = "a .nemo file written by stage=export"
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class TokenizerPart(_Part):
+class TokenizerPart(Stored):
     """The tokenizer's files: `nemo:` names inside an archive, paths outside of one."""
 
     fingerprint: str
@@ -65,7 +62,7 @@ class TokenizerPart(_Part):
         return {key: value for key in TOKENIZER_FILES if (value := getattr(self, key)) is not None}
 
 
-class NemoConfig(_Part):
+class NemoConfig(Stored):
     """`model_config.yaml`."""
 
     gpt: ModelConfig
@@ -88,10 +85,7 @@ def parse_config(plain: Mapping[str, Any], where: object) -> NemoConfig:
     try:
         return NemoConfig.model_validate(plain)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{where} ({CONFIG_MEMBER})", f"{place}: {message}".lstrip(": "), MADE_BY) from None
+        raise UserError(f"{where} ({CONFIG_MEMBER})", str(first_problem(error)), MADE_BY) from None
 
 
 def load_tokenizer(part: TokenizerPart, files: Mapping[str, Path], where: object) -> Tokenizer:

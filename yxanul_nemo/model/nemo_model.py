@@ -17,11 +17,10 @@ from megatron.core import parallel_state
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.safe_config import check_config, read_config
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.nemo_archive import (
     TARGET,
@@ -36,6 +35,7 @@ from yxanul_nemo.model.nemo_archive import (
     unprefixed,
 )
 from yxanul_nemo.model.whole_weights import load_whole_weights
+from yxanul_nemo.unpacking.safe_config import check_config, read_config
 
 # NeMo's telemetry reports on import that it is off.
 logging.getLogger("nv_one_logger").setLevel(logging.ERROR)

@@ -3,6 +3,7 @@
 import numpy as np
 from matplotlib.axes import Axes
 
+from yxanul_nemo.curriculum.schedule import learning_rate
 from yxanul_nemo.figures import count
 from yxanul_nemo.report.gather import Run
 from yxanul_nemo.report.style import (
@@ -18,14 +19,13 @@ from yxanul_nemo.report.style import (
     thinned,
     token_axis,
 )
-from yxanul_nemo.training.schedule import learning_rate
 
 SMOOTHED_FROM = 100
 """Records; with fewer the line itself is quiet enough."""
 LABEL_SHARE = 0.07
 """Of a chart's width, that a label takes."""
 BOUNDS = (0.85, 1.3)
-"""Of surprise ratios: beyond them the blend should change (`validation.surprise.advice`)."""
+"""Of surprise ratios: beyond them the blend should change (`validation.record.advice`)."""
 
 
 def charts(run: Run) -> dict[str, Chart]:

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
+from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import Phase, plan_phases, total_tokens
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.plan import Plan, make_plan
-from yxanul_nemo.launch.progress_made import METRICS_NAME, PhaseDone, phases_done
-from yxanul_nemo.training.phases import Phase, plan_phases, total_tokens
-from yxanul_nemo.validation.record import phase_result_path
+from yxanul_nemo.plan.plan import Plan, make_plan
+from yxanul_nemo.plan.progress import PhaseDone, phases_done
+from yxanul_nemo.run_folder import RunFolder
 
 COLUMNS = (
     "tokens_total", "loss_nats_per_token", "bits_per_byte", "grad_norm", "grad_clip", "learning_rate", "tokens_per_second",
@@ -91,28 +91,29 @@ def read_run(run_dir: Path, label: str | None = None) -> Run:
     Raises:
         UserError: it is not the folder of a run that has begun.
     """
-    config = load_run_config(run_dir / "config.yaml")
+    folder = RunFolder(run_dir)
+    config = load_run_config(folder.config)
     # The folder may have been moved since.
     config = config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})
     phases = plan_phases(config.curriculum)
-    newest = CheckpointStore(run_dir / "checkpoints", verify="size").newest_good()
+    newest = CheckpointStore.of_run(config, verify="size").newest_good()
     ledger = newest.read_ledger() if newest else None
-    environment = _json(run_dir / "environment.json") or {}
+    environment = _json(folder.environment) or {}
     plan, plan_note = _plan(config, environment, ledger)
     return Run(
         label=label or run_dir.resolve().name,
         run_dir=run_dir,
         config=config,
         phases=phases,
-        records=_records(run_dir / METRICS_NAME),
-        validations=_validations(run_dir, phases),
-        done=phases_done(run_dir, ledger, phases),
+        records=_records(folder.metrics),
+        validations=_validations(folder, phases),
+        done=phases_done(folder.metrics, ledger, phases),
         ledger=ledger,
         manifest=load_manifest(config.data_dir) if (config.data_dir / MANIFEST_NAME).is_file() else None,
         plan=plan,
         plan_note=plan_note,
         environment=environment,
-        exported=_json(run_dir / "export" / "export.json"),
+        exported=_json(folder.export_record),
     )
 
 
@@ -152,8 +153,8 @@ def _records(path: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def _validations(run_dir: Path, phases: list[Phase]) -> dict[int, dict[str, Any]]:
-    found = {phase.number: _json(phase_result_path(run_dir, phase.number)) for phase in phases}
+def _validations(folder: RunFolder, phases: list[Phase]) -> dict[int, dict[str, Any]]:
+    found = {phase.number: _json(folder.phase_result(phase.number)) for phase in phases}
     return {number: result for number, result in found.items() if result is not None}
 
 

@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
-from yxanul_nemo.config.report import ReportConfig
+from yxanul_nemo.config.stages import ReportConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
-from yxanul_nemo.launch.worker import quiet_libraries
-from yxanul_nemo.log import logger
+from yxanul_nemo.log import logger, quiet_libraries
+from yxanul_nemo.run_folder import RunFolder
 
 SAMPLES_NAME = "samples.json"
 TOP_P = 0.95
@@ -49,7 +49,9 @@ def read_or_make_samples(run_dir: Path, folder: Path, settings: ReportConfig) ->
     path = folder / SAMPLES_NAME
     kept = _read(path)
     samples: list[Sample] = []
-    ends = [c for c in CheckpointStore(run_dir / "checkpoints").list() if c.phase_end] if settings.prompts else []
+    ends = (
+        [c for c in CheckpointStore(RunFolder(run_dir).checkpoints).list() if c.phase_end] if settings.prompts else []
+    )
     for checkpoint in ends:
         wanted = [(p, next((s for s in kept if s.is_for(checkpoint, p, settings)), None)) for p in settings.prompts]
         missing = [prompt for prompt, sample in wanted if sample is None]

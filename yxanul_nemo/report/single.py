@@ -5,13 +5,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from yxanul_nemo.config.load import to_yaml
+from yxanul_nemo.curriculum.phases import Phase
 from yxanul_nemo.figures import GIB, clock, count, rate, size
 from yxanul_nemo.report.gather import Run
 from yxanul_nemo.report.page import Card, Section, Table, render
 from yxanul_nemo.report.samples import Sample
 from yxanul_nemo.report.style import Chart
-from yxanul_nemo.training.phases import Phase
-from yxanul_nemo.validation.surprise import advice
+from yxanul_nemo.validation.record import advice
 
 NONE = "-"
 UTC = "%Y-%m-%d %H:%M:%S UTC"

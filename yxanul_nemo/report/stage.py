@@ -28,7 +28,7 @@ def run_report_stage(config: RunConfig) -> Path:
 
 
 def _single(config: RunConfig) -> Path:
-    folder = config.report.dir or config.run.dir / "report"
+    folder = config.report.dir or config.run.folder.report
     run = read_run(config.run.dir)
     with disk_errors(folder, "writing the report"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from yxanul_nemo.curriculum.phases import Phase
 from yxanul_nemo.figures import count
 from yxanul_nemo.files import atomic_file
-from yxanul_nemo.training.phases import Phase
 
 INK, MUTED, GRID, BAND = "#1f2937", "#6b7280", "#e5e7eb", "#f3f4f6"
 COLORS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#4b5563")

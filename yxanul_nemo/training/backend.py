@@ -1,4 +1,4 @@
-"""What training needs of a device, and the one place where the device is chosen."""
+"""Interface between training and the device it runs on."""
 
 import gc
 from dataclasses import dataclass
@@ -7,8 +7,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.model.documents import Documents
 from yxanul_nemo.model.fp8_state import forget_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.guard import UpdateGuard
@@ -74,20 +72,3 @@ def forget_backends(device: str) -> None:
         forget_fp8_state()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-
-
-def make_backend(model: YxanulGPT, config: RunConfig, device: str, eos_id: int | None = None) -> Backend:
-    """The backend for `device` (`cpu` or `cuda`).
-
-    Args:
-        eos_id: token between documents, which `data.document_mask` needs.
-    """
-    assert eos_id is not None or not config.data.document_mask
-    documents = Documents(eos_id) if eos_id is not None and config.data.document_mask else None
-    if device == "cuda":
-        from yxanul_nemo.training.cuda_backend import CudaBackend
-
-        return CudaBackend(model, config, documents)
-    from yxanul_nemo.training.cpu_backend import CpuBackend
-
-    return CpuBackend(model, config.optim, config.parallel, config.guards, documents)

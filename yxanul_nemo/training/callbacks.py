@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.training.agreement import any_rank_each
+from yxanul_nemo.machine.agreement import any_rank_each
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.records import Recorder
 from yxanul_nemo.training.saving import CheckpointSaver

@@ -8,8 +8,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
-from yxanul_nemo.config.guards import GuardsConfig
-from yxanul_nemo.config.training import OptimConfig, ParallelConfig
+from yxanul_nemo.config.training import GuardsConfig, OptimConfig, ParallelConfig
 from yxanul_nemo.model.documents import Documents
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
-from yxanul_nemo.config.guards import GuardsConfig
+from yxanul_nemo.config.training import GuardsConfig
 
 
 class UpdateGuard:

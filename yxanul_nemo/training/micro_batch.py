@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 import torch
 
+from yxanul_nemo.curriculum.phases import Phase, batch_layout
 from yxanul_nemo.data.windows import BatchLayout
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
-from yxanul_nemo.training.phases import Phase, batch_layout
 
 
 def gpu_memory_bytes(device: str) -> int | None:

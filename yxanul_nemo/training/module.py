@@ -9,12 +9,12 @@ from torch import Tensor
 
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.config.training import OptimConfig
+from yxanul_nemo.curriculum.phases import Phase
+from yxanul_nemo.curriculum.schedule import learning_rate
 from yxanul_nemo.data.windows import PhaseWindows
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.training.backend import Backend
 from yxanul_nemo.training.metrics import StepMeter
-from yxanul_nemo.training.phases import Phase
-from yxanul_nemo.training.schedule import learning_rate
 from yxanul_nemo.training.skips import skip_report_path, write_skip_report
 
 

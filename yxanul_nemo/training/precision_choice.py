@@ -6,9 +6,9 @@ from collections.abc import Callable
 from yxanul_nemo.checkpoint.ledger import PhaseRecord
 from yxanul_nemo.config.run import RunConfig, check_fp8_widths
 from yxanul_nemo.config.training import NumberFormat
+from yxanul_nemo.curriculum.phases import Phase, batch_layout
 from yxanul_nemo.log import logger
-from yxanul_nemo.runtime import formats_of
-from yxanul_nemo.training.phases import Phase, batch_layout
+from yxanul_nemo.machine.runtime import formats_of
 
 
 def formats_for(

@@ -5,14 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from yxanul_nemo.checkpoint.ledger import Ledger, PhaseRecord, ReadingRecord
-from yxanul_nemo.config.data import DataConfig
 from yxanul_nemo.data.source import ShuffledSource
 from yxanul_nemo.data.windows import PhaseWindows, Reading
-
-
-def window_order(data: DataConfig) -> str:
-    """Return the order of windows in words; runs with other words read other windows."""
-    return f"chunks of {data.chunk_tokens} tokens, shuffled over {data.shuffle_tokens}"
 
 
 def plan_reading(ledger: Ledger, names: Sequence[str], shares: np.ndarray) -> Ledger:

@@ -9,11 +9,11 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from yxanul_nemo.config.training import PrecisionConfig
+from yxanul_nemo.curriculum.phases import Phase
 from yxanul_nemo.figures import GIB, clock
-from yxanul_nemo.gpu_table import gpu_named
 from yxanul_nemo.log import logger
+from yxanul_nemo.machine.gpu_table import gpu_named
 from yxanul_nemo.training.module import PhaseModule
-from yxanul_nemo.training.phases import Phase
 from yxanul_nemo.training.skips import SkippedUpdate
 
 NEWEST_WEIGHT = 0.3

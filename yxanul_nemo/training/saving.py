@@ -21,7 +21,7 @@ from yxanul_nemo.checkpoint.snapshot import HostSnapshot
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.log import logger
-from yxanul_nemo.training.agreement import failing_together, from_first_rank
+from yxanul_nemo.machine.agreement import failing_together, from_first_rank
 
 
 @cache

@@ -10,32 +10,16 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
-from data_prep.manifest import load_manifest
+from data_prep.corpus.manifest import load_manifest
+from yxanul_nemo.checkpoint.identity import expected_run, phase_plan
 from yxanul_nemo.checkpoint.ledger import Ledger, PhaseRecord
 from yxanul_nemo.checkpoint.shards import ShardReader
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import NumberFormat
-from yxanul_nemo.data.blend import normalized_shares
-from yxanul_nemo.data.windows import PhaseBatches, PhaseWindows, corpus_shards, open_sources
-from yxanul_nemo.errors import UserError
-from yxanul_nemo.files import write_json_atomic
-from yxanul_nemo.log import logger
-from yxanul_nemo.model.build import build_model
-from yxanul_nemo.model.counts import training_flops_per_token
-from yxanul_nemo.model.fp8_state import without_absent_scales
-from yxanul_nemo.model.memory import with_micro_batch
-from yxanul_nemo.runtime import init_process_groups, resolve_device
-from yxanul_nemo.training.adapt import adapted_blend, ratios_after
-from yxanul_nemo.training.agreement import any_rank, from_first_rank, largest_of_ranks
-from yxanul_nemo.training.backend import Backend, forget_backends, make_backend
-from yxanul_nemo.training.callbacks import BetweenSteps
-from yxanul_nemo.training.identity import expected_run, phase_plan
-from yxanul_nemo.training.metrics import StepMeter
-from yxanul_nemo.training.micro_batch import fit_batch, gpu_memory_bytes
-from yxanul_nemo.training.module import PhaseModule
-from yxanul_nemo.training.phases import (
+from yxanul_nemo.curriculum.adapt import adapted_blend
+from yxanul_nemo.curriculum.phases import (
     Phase,
     check_chunks,
     check_enough_tokens,
@@ -43,6 +27,23 @@ from yxanul_nemo.training.phases import (
     source_sizes,
     total_tokens,
 )
+from yxanul_nemo.data.blend import normalized_shares
+from yxanul_nemo.data.windows import PhaseBatches, PhaseWindows, corpus_shards, open_sources
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.log import logger
+from yxanul_nemo.machine.agreement import any_rank, from_first_rank, largest_of_ranks
+from yxanul_nemo.machine.runtime import init_process_groups, resolve_device
+from yxanul_nemo.model.build import build_model
+from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.model.fp8_state import without_absent_scales
+from yxanul_nemo.model.memory import with_micro_batch
+from yxanul_nemo.training.backend import Backend, forget_backends
+from yxanul_nemo.training.callbacks import BetweenSteps
+from yxanul_nemo.training.make_backend import make_backend
+from yxanul_nemo.training.metrics import StepMeter
+from yxanul_nemo.training.micro_batch import fit_batch, gpu_memory_bytes
+from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.precision_choice import faster_of, formats_for
 from yxanul_nemo.training.random_state import restore_random_state, sharded_random_state
 from yxanul_nemo.training.reading import current_windows, plan_reading
@@ -52,7 +53,7 @@ from yxanul_nemo.training.signals import StopNow, StopRequest
 from yxanul_nemo.training.sinks import log_validation, make_sinks
 from yxanul_nemo.training.validating import ValidateWithin
 from yxanul_nemo.training.watchdog import Watchdog
-from yxanul_nemo.validation.record import metric_of, phase_result_path
+from yxanul_nemo.validation.record import metric_of, phase_result_path, ratios_after
 from yxanul_nemo.validation.stage import identified, validate_model
 from yxanul_nemo.validation.table import table
 

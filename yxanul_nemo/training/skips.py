@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from yxanul_nemo.curriculum.phases import Phase
 from yxanul_nemo.data.windows import PhaseWindows
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.files import write_json_atomic
-from yxanul_nemo.training.phases import Phase
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ def write_skip_report(
     """Write what the steps `first_step` to `last_step` of a phase (from 1) were trained on.
 
     For each step its windows (from 0, of the phase) and, by source, the documents that they are of, in the order of the windows:
-    shard file, number in it, first token and tokens read. `data_prep.indexed.IndexedTokens(shard).document(number)` gives a document's ids.
+    shard file, number in it, first token and tokens read. `data_prep.corpus.indexed.IndexedTokens(shard).document(number)` gives the
+    ids of a document.
     """
     report = {
         "phase": phase.number,

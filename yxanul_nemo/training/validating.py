@@ -6,17 +6,21 @@ from typing import Any
 import lightning.pytorch as pl
 import torch.distributed as dist
 
-from data_prep.manifest import CorpusManifest
+from data_prep.corpus.manifest import CorpusManifest
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
+from yxanul_nemo.machine.agreement import any_rank, failing_together, from_first_rank
 from yxanul_nemo.model.fp8_state import scaling_state_kept
-from yxanul_nemo.training.agreement import any_rank, failing_together, from_first_rank
 from yxanul_nemo.training.module import PhaseModule
 from yxanul_nemo.training.signals import StopRequest
-from yxanul_nemo.validation.early_stop import early_stop_tokens
-from yxanul_nemo.validation.record import in_phase_result_path, in_phase_results, settings_fingerprint
+from yxanul_nemo.validation.record import (
+    early_stop_tokens,
+    in_phase_result_path,
+    in_phase_results,
+    settings_fingerprint,
+)
 from yxanul_nemo.validation.stage import run_domains, validate_at_lengths
 from yxanul_nemo.validation.validate import Domains, evenly
 

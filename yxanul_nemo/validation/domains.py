@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.indexed import IndexedTokens
-from data_prep.manifest import CorpusManifest, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.indexed import IndexedTokens
+from data_prep.corpus.manifest import CorpusManifest, load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.outputs import DomainConfig, ValidationConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.validation.files import empty_domain, file_of, texts
@@ -28,7 +28,7 @@ def load_domains(
     Raises:
         UserError: a file is absent or unreadable, a column is missing, or a domain is empty.
     """
-    cache, domains = TokenCache(config.run.dir / "validation" / "documents"), {}
+    cache, domains = TokenCache(config.run.folder.validation_documents), {}
     for name, domain in config.validation.domains.items():
         made_from = {
             "tokenizer": manifest.tokenizer_fingerprint,
@@ -62,7 +62,7 @@ def domain_texts(config: RunConfig) -> dict[str, list[str]]:
             found[name] = list(texts(config.validation, name, domain))
         else:
             manifest = load_manifest(config.data_dir)
-            run_tokenizer = run_tokenizer or Tokenizer.load(config.run.dir / "tokenizer")
+            run_tokenizer = run_tokenizer or Tokenizer.load(config.run.folder.tokenizer)
             found[name] = [run_tokenizer.decode(ids) for ids in _heldout_ids(config, manifest, domain)]
         found[name] = [text for text in found[name] if text]
         if not found[name]:

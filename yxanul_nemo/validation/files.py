@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.manifest import CorpusManifest
+from data_prep.corpus.manifest import CorpusManifest
 from yxanul_nemo.config.outputs import DomainConfig, ValidationConfig
 from yxanul_nemo.errors import UserError, nearest
 

@@ -1,37 +1,32 @@
-"""Results of validation on disk: which belong to a checkpoint and to the settings now in force. Light, for the launcher."""
+"""Results of validation: which belong to a checkpoint and to the settings now in force, and what follows from them for the blend and for
+an early stop. Light, for the launcher."""
 
 import json
-import re
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from yxanul_nemo.checkpoint.store import Checkpoint
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint
-
-_IN_PHASE_NAME = re.compile(r"phase-[0-9]{2,}-tokens-([0-9]{15})\.json")
+from yxanul_nemo.run_folder import RunFolder
 
 
 def phase_result_path(run_dir: Path, number: int) -> Path:
     """The validation at the end of a phase."""
-    return run_dir / "validation" / f"phase-{number:02d}.json"
-
-
-def checkpoint_result_path(run_dir: Path, checkpoint: Checkpoint) -> Path:
-    """The validation of a checkpoint by `stage=validate`."""
-    return run_dir / "validation" / f"{checkpoint.path.name}.json"
+    return RunFolder(run_dir).phase_result(number)
 
 
 def in_phase_result_path(run_dir: Path, number: int, tokens: int) -> Path:
     """A validation inside a phase, after `tokens` of the run."""
-    return run_dir / "validation" / f"phase-{number:02d}-tokens-{tokens:015d}.json"
+    return RunFolder(run_dir).in_phase_result(number, tokens)
 
 
 def in_phase_results(run_dir: Path) -> list[tuple[int, Path]]:
     """(tokens of the run, file) of all validations inside phases, in order."""
-    found = ((_IN_PHASE_NAME.fullmatch(path.name), path) for path in (run_dir / "validation").glob("phase-*.json"))
-    return sorted((int(match[1]), path) for match, path in found if match)
+    return RunFolder(run_dir).in_phase_results()
 
 
 DECIDES_NOTHING = {
@@ -55,7 +50,7 @@ def settings_fingerprint(config: RunConfig) -> str:
 def find_result(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """A result of this checkpoint under the present settings, or None."""
     wanted = {"checkpoint_digest": checkpoint.manifest.digest, "settings_fingerprint": settings_fingerprint(config)}
-    for path in sorted((config.run.dir / "validation").glob("*.json")):
+    for path in sorted(config.run.folder.validation.glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
@@ -69,3 +64,71 @@ def metric_of(result: Mapping[str, Any], metric: str) -> float:
     """The value that `validation.best_metric` names; lower is better."""
     domain, dot, field = metric.rpartition(".")
     return float(result["domains"][domain][field] if dot else result[metric])
+
+
+def ratios_after(run_dir: Path, number: int, tokens: int) -> dict[str, float]:
+    """Surprise ratios of bits per byte, by domain, as recorded at the end of phase `number`.
+
+    Args:
+        tokens: of the run, at that end.
+
+    Raises:
+        UserError: it is missing or of another state.
+    """
+    path = phase_result_path(run_dir, number)
+    fix = f"Run `python launcher.py stage=train phases={number}`, which validates again, or set curriculum.adapt_blend=false."
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["tokens_total"] != tokens:
+            raise UserError(path, f"is of {result['tokens_total']:,} tokens", f"{tokens:,}, where the run stands", fix)
+        ratios = {name: float(ratio) for name, ratio in result["surprise_ratio_bits_per_byte"].items()}
+    except FileNotFoundError:
+        raise UserError(path, "does not exist", "the validation that adapts the blend of the next phase", fix) from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(path, f"cannot be read ({error})", "a validation result", fix) from None
+    return ratios
+
+
+def surprise_ratios(values: Mapping[str, float]) -> dict[str, float]:
+    """Each domain's value over the mean of all: of perplexities as the recipe's author defines it, or of bits per byte, where domains
+    compare fairly (perplexity per token depends on how long the tokens of a domain are)."""
+    mean = sum(values.values()) / len(values)
+    return {name: value / mean for name, value in values.items()}
+
+
+def advice(ratio: float) -> str:
+    """What a surprise ratio suggests; between the bounds, nothing."""
+    if ratio > 1.5:
+        return "struggles: more of its data"
+    if ratio > 1.3:
+        return "more of its data"
+    if ratio < 0.8:
+        return "excels: less of its data"
+    if ratio < 0.85:
+        return "less of its data"
+    return ""
+
+
+def early_stop_tokens(config: RunConfig) -> int | None:
+    """Tokens of the run after which so many validations inside phases in a row had not improved `validation.best_metric`.
+
+    It follows from the recorded results alone, so that a run that is killed and repeated ends at the same step. None: go on.
+    """
+    patience, best, waited = config.validation.early_stop_patience, math.inf, 0
+    if patience is None:
+        return None
+    for tokens, path in in_phase_results(config.run.dir):
+        try:
+            value = metric_of(json.loads(path.read_text(encoding="utf-8")), config.validation.best_metric)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            # Not written by us, or of domains that are no longer configured.
+            continue
+        if value < best - config.validation.early_stop_min_improvement:
+            best, waited = value, 0
+        else:
+            waited += 1
+        if waited >= patience:
+            return tokens
+    return None

@@ -5,24 +5,27 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import parallel_state
+from torch import Tensor
 
-from data_prep.manifest import CorpusManifest, load_manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.corpus.manifest import CorpusManifest, load_manifest
+from data_prep.tokenizers.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.errors import UserError
+from yxanul_nemo.config.training import SHORTEST_CONTEXT_CHUNK
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
-from yxanul_nemo.runtime import init_process_groups, outside_training, resolve_device
-from yxanul_nemo.training.agreement import from_first_rank
-from yxanul_nemo.training.phases import plan_phases
-from yxanul_nemo.training.restore import restore_model
+from yxanul_nemo.machine.agreement import from_first_rank
+from yxanul_nemo.machine.runtime import init_process_groups, outside_training, resolve_device
+from yxanul_nemo.model.context import WindowSlices
 from yxanul_nemo.validation.domains import load_domains
-from yxanul_nemo.validation.record import checkpoint_result_path, metric_of, settings_fingerprint
-from yxanul_nemo.validation.scoring import Document
+from yxanul_nemo.validation.record import metric_of, settings_fingerprint
+from yxanul_nemo.validation.scoring import IGNORE_INDEX, Document
 from yxanul_nemo.validation.validate import Domains, score_domains, summarize, validate
-from yxanul_nemo.validation.whole_windows import whole_window_loss
 
 
 def validate_checkpoint(config: RunConfig) -> None:
@@ -30,12 +33,8 @@ def validate_checkpoint(config: RunConfig) -> None:
     manifest = load_manifest(config.data_dir)
     device = resolve_device(config.parallel)
     init_process_groups(config.parallel, device, config.run.seed)
-    store = CheckpointStore(config.run.dir / "checkpoints", verify=config.checkpoint.verify)
-    checkpoint = from_first_rank(store.newest_good)
-    if checkpoint is None:
-        raise UserError(
-            config.run.dir / "checkpoints", "holds no checkpoint", fix="Run `python launcher.py stage=train` first."
-        )
+    store = CheckpointStore.of_run(config)
+    checkpoint = from_first_rank(lambda: store.choose("latest"))
     precision = outside_training(config.precision, config.parallel, device)
     model = restore_model(config, checkpoint, manifest.vocab_size, precision, config.parallel)
     phases = plan_phases(config.curriculum)
@@ -45,7 +44,7 @@ def validate_checkpoint(config: RunConfig) -> None:
         result = identified(scores, config, checkpoint)
         metric = config.validation.best_metric
         store.mark_best(checkpoint, metric, metric_of(result, metric))
-        write_json_atomic(checkpoint_result_path(config.run.dir, checkpoint), result)
+        write_json_atomic(config.run.folder.checkpoint_result(checkpoint.path.name), result)
 
 
 def identified(scores: dict[str, Any], config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -84,12 +83,7 @@ def run_domains(config: RunConfig, manifest: CorpusManifest) -> dict[str, list[D
 
     @cache
     def tokenizer() -> Tokenizer:
-        loaded = Tokenizer.load(config.run.dir / "tokenizer")
-        if loaded.fingerprint != manifest.tokenizer_fingerprint:
-            raise UserError(
-                config.run.dir / "tokenizer", "is not the tokenizer of the data", fix="Run stage=data again."
-            )
-        return loaded
+        return Tokenizer.load_known(config.run.folder.tokenizer, manifest.tokenizer_fingerprint)
 
     return load_domains(config, manifest, tokenizer)
 
@@ -105,3 +99,16 @@ def validate_at_lengths(
         nats = score_domains(loss, domains, seq_len, seq_len, settings.batch_tokens, eos_id, device, group)
         result["at_phase_len"] = summarize(domains, nats, seq_len, seq_len)
     return result
+
+
+def whole_window_loss(model: torch.nn.Module, group: dist.ProcessGroup, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+    """Loss of each token [B, T], on every rank of `group`, which shares the model's windows; T may be any length.
+
+    Windows are padded to chunks that attention takes; padding comes last, so nothing scored sees it.
+    """
+    if group.size() == 1:
+        return model(ids_BT, labels_BT)
+    slices, length = WindowSlices(group), ids_BT.size(1)
+    padding = -length % (2 * group.size() * SHORTEST_CONTEXT_CHUNK)
+    ids_BT, labels_BT = F.pad(ids_BT, (0, padding)), F.pad(labels_BT, (0, padding), value=IGNORE_INDEX)
+    return slices.join(model(slices.take(ids_BT), slices.take(labels_BT)))[:, :length]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from yxanul_nemo.validation.bootstrap import PairedDifference
-from yxanul_nemo.validation.surprise import advice
+from yxanul_nemo.validation.record import advice
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -8,8 +8,8 @@ import numpy as np
 import torch.distributed as dist
 
 from yxanul_nemo.config.outputs import ValidationConfig
+from yxanul_nemo.validation.record import surprise_ratios
 from yxanul_nemo.validation.scoring import Document, LossFunction, domain_score, score_documents
-from yxanul_nemo.validation.surprise import surprise_ratios
 
 type Domains = Mapping[str, Sequence[Document]]
 """Name -> held-out documents."""

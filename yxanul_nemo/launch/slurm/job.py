@@ -18,11 +18,12 @@ from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.slurm import commands
-from yxanul_nemo.launch.slurm.record import CONFIG_NAME, FOLDER, ChainRecord, JobNote
+from yxanul_nemo.launch.slurm.record import ChainRecord, JobNote
 from yxanul_nemo.launch.slurm.script import log_path
 from yxanul_nemo.launch.stages import StageFailed, Stopped, run_here
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import logger
+from yxanul_nemo.run_folder import RunFolder
 
 MAX_IDLE_RESTARTS = 3
 """Requeues in a row without any progress, after which a time limit is taken to be too short."""
@@ -64,7 +65,7 @@ class RunningJob:
 
     def load(self) -> RunConfig:
         """The chain's configuration, with the stage that this job is for."""
-        config = load_run_config(self.run_dir / FOLDER / CONFIG_NAME)
+        config = load_run_config(RunFolder(self.run_dir).slurm_config)
         train = self.task.kind == "train"
         choice = {"stage": ["train" if train else self.task.kind], "phases": self.task.phase if train else None}
         self.config = config.model_copy(update=choice)
@@ -133,7 +134,7 @@ class RunningJob:
 def progress(config: RunConfig, task: Task) -> int:
     """How far a task has come, in a measure that grows when it gets on: committed tokens, or shards of the corpus."""
     if task.kind == "train":
-        checkpoints = CheckpointStore(config.run.dir / "checkpoints", verify="size").list()
+        checkpoints = CheckpointStore.of_run(config, verify="size").list()
         return checkpoints[-1].tokens if checkpoints else 0
     return sum(1 for _ in config.data_dir.rglob("*.bin")) if task.kind == "data" else 0
 

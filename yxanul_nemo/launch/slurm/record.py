@@ -6,10 +6,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.run_folder import RunFolder
 
-FOLDER = "slurm"
-CHAIN_NAME = "chain.json"
-CONFIG_NAME = "config.yaml"
 CHAIN_VERSION = 1
 
 
@@ -38,7 +36,7 @@ class ChainRecord:
     def read(cls, run_dir: Path) -> Self | None:
         """That of a run; None where no jobs were submitted or the file was damaged."""
         try:
-            kept = json.loads((run_dir / FOLDER / CHAIN_NAME).read_text(encoding="utf-8"))
+            kept = json.loads(RunFolder(run_dir).slurm_chain.read_text(encoding="utf-8"))
             return cls(kept["command"], kept["submitted"], [Job(**job) for job in kept["jobs"]])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -46,7 +44,7 @@ class ChainRecord:
     def write(self, run_dir: Path) -> None:
         """Replace that of a run."""
         head = {"format": "yxanul-slurm-chain", "format_version": CHAIN_VERSION}
-        write_json_atomic(run_dir / FOLDER / CHAIN_NAME, head | asdict(self))
+        write_json_atomic(RunFolder(run_dir).slurm_chain, head | asdict(self))
 
     @property
     def ids(self) -> list[int]:
@@ -73,11 +71,11 @@ class JobNote:
     def read(cls, run_dir: Path, task: str) -> Self | None:
         """The last note of a task; None where there is none."""
         try:
-            kept: dict[str, Any] = json.loads((run_dir / FOLDER / f"{task}.json").read_text(encoding="utf-8"))
+            kept: dict[str, Any] = json.loads(RunFolder(run_dir).slurm_note(task).read_text(encoding="utf-8"))
             return cls(**kept)
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
     def write(self, run_dir: Path, task: str) -> None:
         """Replace the note of a task."""
-        write_json_atomic(run_dir / FOLDER / f"{task}.json", asdict(self))
+        write_json_atomic(RunFolder(run_dir).slurm_note(task), asdict(self))

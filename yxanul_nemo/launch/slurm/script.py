@@ -6,23 +6,23 @@ from pathlib import Path
 
 from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.processes import process_count
-from yxanul_nemo.launch.slurm.record import FOLDER
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.training.phases import plan_phases
+from yxanul_nemo.machine.gpus import process_count
+from yxanul_nemo.run_folder import RunFolder
 
 JOB_MODULE = "yxanul_nemo.launch.slurm.job"
 
 
 def script_path(config: RunConfig, task: Task) -> Path:
     """Where a task's script lies."""
-    return config.run.dir / FOLDER / f"{task.name}.sh"
+    return config.run.folder.slurm_script(task.name)
 
 
 def log_path(run_dir: Path, task: Task, job_id: int | str) -> Path:
     """What a job prints, all of its restarts in one file."""
-    return run_dir.absolute() / FOLDER / f"{task.name}-{job_id}.out"
+    return RunFolder(run_dir.absolute()).slurm_log(task.name, job_id)
 
 
 def render(config: RunConfig, task: Task, after: Task | None) -> str:

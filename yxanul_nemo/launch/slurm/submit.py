@@ -6,27 +6,24 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
 from rich.syntax import Syntax
 
 from data_prep.prepare import run_data_stage
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import batch_layout, plan_phases
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_text_atomic
-from yxanul_nemo.launch.lock import RunLock
-from yxanul_nemo.launch.processes import world_size
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
-from yxanul_nemo.launch.slurm.record import CONFIG_NAME, FOLDER, ChainRecord, Job
+from yxanul_nemo.launch.slurm.record import ChainRecord, Job
 from yxanul_nemo.launch.slurm.script import log_path, render, script_path
 from yxanul_nemo.launch.tasks import Task
-from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.lock import RunLock
+from yxanul_nemo.log import configure_logging, logger, table_console
+from yxanul_nemo.machine.gpus import world_size
 from yxanul_nemo.model.memory import with_micro_batch
-from yxanul_nemo.training.phases import batch_layout, plan_phases
-
-FILE_WIDTH = 150
 
 
 def submit_chain(config: RunConfig, stages: list[str]) -> None:
@@ -130,18 +127,18 @@ def missing_links(state: RunState) -> list[tuple[Task, Task | None]]:
 
 def write_scripts(config: RunConfig, links: list[tuple[Task, Task | None]]) -> None:
     """`slurm/config.yaml`, which the jobs read, and a script for each; those of an earlier chain go."""
-    folder = config.run.dir / FOLDER
+    folder = config.run.folder.slurm
     with disk_errors(folder, "writing job scripts"):
         for old in folder.glob("*.sh"):
             old.unlink()
-        write_text_atomic(folder / CONFIG_NAME, to_yaml(config))
+        write_text_atomic(config.run.folder.slurm_config, to_yaml(config))
         for task, after in links:
             write_text_atomic(script_path(config, task), render(config, task, after))
 
 
 def show(config: RunConfig, links: list[tuple[Task, Task | None]]) -> None:
     """Print the scripts and the commands that would submit them, on standard output."""
-    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH, highlight=False)
+    console = table_console()
     submitted: set[Task] = set()
     for task, after in links:
         path = script_path(config, task)

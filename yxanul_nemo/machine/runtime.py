@@ -1,0 +1,162 @@
+"""What this process runs on: the device, the layer spec that can run there, and the process groups."""
+
+import importlib.metadata
+import importlib.util
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from yxanul_nemo.config.training import NumberFormat, ParallelConfig, PrecisionConfig
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.machine.gpus import rank_and_processes
+
+
+def resolve_device(parallel: ParallelConfig) -> str:
+    """`cuda` or `cpu`; raises UserError if a GPU is asked for and absent."""
+    has_gpu = torch.cuda.is_available()
+    if parallel.device == "cuda" and not has_gpu:
+        raise UserError(
+            "parallel.device",
+            "is cuda, but torch finds no GPU",
+            "an NVIDIA GPU and its driver",
+            "Use parallel.device=cpu.",
+        )
+    return "cuda" if has_gpu and parallel.device != "cpu" else "cpu"
+
+
+def te_version() -> str | None:
+    """Version of Transformer Engine, or None where it is not installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return None
+    return importlib.metadata.version("transformer_engine")
+
+
+def resolve_layer_spec(parallel: ParallelConfig, device: str) -> str:
+    """`te` or `torch`; Transformer Engine cannot even build its modules without a GPU."""
+    if parallel.layer_spec == "te":
+        if device != "cuda":
+            raise UserError("parallel.layer_spec", "is te on a CPU", "torch", "Transformer Engine needs an NVIDIA GPU.")
+        if te_version() is None:
+            raise UserError(
+                "parallel.layer_spec", "is te, but Transformer Engine is not installed", fix="Run `uv sync --extra te`."
+            )
+    found = parallel.layer_spec
+    if found == "auto":
+        found = "te" if device == "cuda" and te_version() is not None else "torch"
+    if parallel.context_parallel > 1 and found == "torch":
+        raise UserError(
+            "parallel.context_parallel",
+            f"is {parallel.context_parallel}, but layers are plain torch here",
+            "1, or GPUs with Transformer Engine",
+            "Ranks can share a window only in Transformer Engine's attention.",
+        )
+    return found
+
+
+def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> None:
+    """Refuse number formats that this machine cannot compute in, with the reason and the nearest that it can."""
+    where = "precision.name"
+    if device == "cpu":
+        if precision.name != "fp32":
+            raise UserError(where, f"is {precision.name} on a CPU", "fp32", "Set precision=fp32, or train on a GPU.")
+        return
+    if not precision.is_fp8:
+        return
+    capability = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    if resolve_layer_spec(parallel, device) != "te":
+        raise UserError(
+            where,
+            f"is {precision.name} without Transformer Engine",
+            "bf16, or Transformer Engine",
+            "Run `uv sync --extra te`.",
+        )
+    if precision.name == "mxfp8" and capability < (10, 0):
+        raise UserError(where, f"is mxfp8 on {name}", "a Blackwell GPU", "Set precision=fp8_hybrid.")
+    if capability < (8, 9):
+        raise UserError(
+            where, f"is {precision.name} on {name}", "an Ada, Hopper or Blackwell GPU", "Set precision=bf16."
+        )
+
+
+def formats_of(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> tuple[NumberFormat, ...]:
+    """The number format of `precision`; of `auto` those that a phase may come to be trained in on this machine, FP8 first."""
+    if precision.name != "auto":
+        return (precision.name,)
+    if device == "cpu":
+        return ("fp32",)
+    try:
+        check_precision(precision.named("fp8_hybrid"), parallel, device)
+    except UserError:
+        return ("bf16",)
+    return ("fp8_hybrid", "bf16")
+
+
+def outside_training(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> PrecisionConfig:
+    """What a model that is only used computes in: BF16 where it was trained in FP8.
+
+    FP8's delayed scales follow from training passes. Weights alone would be multiplied with scales of 1, which no forward pass
+    without gradients ever mends (Transformer Engine 2.20, `autocast_exit`).
+    """
+    used = precision.named(formats_of(precision, parallel, device)[-1])
+    return precision.named("bf16") if used.is_fp8 else used
+
+
+def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> None:
+    """Join torch's and Megatron-core's process groups, once per process.
+
+    Under torchrun or srun the usual environment (RANK, WORLD_SIZE, MASTER_ADDR) is used; without it the process is alone.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    if parallel.deterministic:
+        # Transformer Engine's switch (dot_product_attention), which Megatron-core's deterministic_mode asks for.
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    _, world_size = rank_and_processes()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "cuda":
+        torch.cuda.set_device(local_rank)
+        if torch.cuda.current_stream() == torch.cuda.default_stream():
+            # Graph capture needs one stream, not the default one, from the model's construction on.
+            torch.cuda.set_stream(torch.cuda.Stream())
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        timeout = timedelta(minutes=parallel.nccl_timeout_minutes)
+        if world_size > 1:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    model_parallel = parallel.tensor_parallel * parallel.context_parallel
+    if dist.get_world_size() % model_parallel:
+        raise UserError(
+            "parallel",
+            f"{dist.get_world_size()} processes with tensor_parallel={parallel.tensor_parallel} and "
+            f"context_parallel={parallel.context_parallel}",
+            f"a number of processes that {model_parallel} divides",
+        )
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor_parallel,
+            context_parallel_size=parallel.context_parallel,
+            # Its groups have a timeout of their own.
+            distributed_timeout_minutes=parallel.nccl_timeout_minutes,
+        )
+    torch.manual_seed(seed)
+    # With the inference tracker Megatron-core's RNG forks are no-ops, as a CPU needs; there is no dropout to seed.
+    on_cpu = device == "cpu"
+    model_parallel_cuda_manual_seed(
+        seed,
+        te_rng_tracker=not on_cpu and te_version() is not None,
+        inference_rng_tracker=on_cpu,
+        use_cudagraphable_rng=not on_cpu,
+        force_reset_rng=True,
+    )
+
+
+def leave_process_groups() -> None:
+    """Part from the other ranks in good order, where they were joined. The process builds no model after that."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

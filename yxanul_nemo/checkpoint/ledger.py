@@ -106,6 +106,7 @@ class Expected(_Frozen):
     """Of those settings outside the curriculum that decide the training, such as the optimizer's; not of logging."""
     document_mask: bool = False
     """Whether attention stays inside documents."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
     phases: tuple[PhasePlan, ...]
     """The whole curriculum."""
 
@@ -139,6 +140,8 @@ class Ledger(_Frozen):
     config_fingerprint: str
     document_mask: bool = False
     """Whether attention stays inside documents; ledgers from before it could are of whole windows."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Whose moments the checkpoint has; ledgers from before there was a choice are of AdamW."""
     notes: tuple[str, ...] = ()
     """What was overridden in this run's life, in words."""
 
@@ -173,7 +176,7 @@ class Ledger(_Frozen):
     @classmethod
     def fresh(cls, expected: Expected) -> "Ledger":
         """The ledger of a run that has consumed nothing."""
-        fields = [f"{name}_fingerprint" for name in FINGERPRINTS] + ["document_mask"]
+        fields = [f"{name}_fingerprint" for name in FINGERPRINTS] + ["document_mask", "optimizer"]
         return cls(**{name: getattr(expected, name) for name in fields})
 
     @classmethod
@@ -340,6 +343,10 @@ class Ledger(_Frozen):
         if self.document_mask != expected.document_mask:
             before, now = str(self.document_mask).lower(), str(expected.document_mask).lower()
             found["document_mask"] = f"the checkpoint was trained with data.document_mask={before}, the run says {now}"
+        if self.optimizer != expected.optimizer:
+            found["optimizer"] = (
+                f"the checkpoint was trained with optim={self.optimizer}, the run says {expected.optimizer}, which keeps other moments"
+            )
         for record in self.phases:
             if record.index > len(expected.phases):
                 found[f"phase_{record.index}"] = (

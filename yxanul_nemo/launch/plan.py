@@ -10,7 +10,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.data.blend import normalized_shares
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.gpu_table import Gpu
-from yxanul_nemo.launch.estimates import CHECKPOINT_BYTES_PER_PARAMETER, Speed, forecast_speed
+from yxanul_nemo.launch.estimates import Speed, checkpoint_bytes, forecast_speed
 from yxanul_nemo.launch.gpus import check_gpu_precision, choose_gpu, planned_precision
 from yxanul_nemo.launch.plan_warnings import plan_warnings
 from yxanul_nemo.launch.processes import process_count, threads_per_process, world_size
@@ -165,6 +165,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
     price = config.plan.price_per_gpu_hour
     parameters = parameter_count(config.model, config.model.padded_vocab_size(vocab_size))
     kept = _checkpoints_kept(config, phases)
+    one_checkpoint_bytes = checkpoint_bytes(config.model, vocab_size, with_muon=config.optim.muon is not None)
     return Plan(
         format="yxanul-plan",
         format_version=PLAN_VERSION,
@@ -190,9 +191,9 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         total_gpu_hours=gpu_hours,
         price_per_gpu_hour=price,
         total_cost=None if price is None else gpu_hours * price,
-        checkpoint_bytes=parameters * CHECKPOINT_BYTES_PER_PARAMETER,
+        checkpoint_bytes=one_checkpoint_bytes,
         checkpoints_kept=kept,
-        checkpoints_disk_bytes=kept * parameters * CHECKPOINT_BYTES_PER_PARAMETER,
+        checkpoints_disk_bytes=kept * one_checkpoint_bytes,
         scaling=forecaster.at_scale(phases),
         warnings=plan_warnings(config, gpu, found, ranks, rows, vocab_size, vocab_size_source),
     )
@@ -268,7 +269,13 @@ class _Forecaster:
         if self.gpu is not None:
             rows = config.model.padded_vocab_size(self.vocab_size)
             memory_bytes = forecast_memory_bytes(
-                config.model, rows, precision, parallel, micro_batch_tokens, self.data_parallel
+                config.model,
+                rows,
+                precision,
+                parallel,
+                micro_batch_tokens,
+                self.data_parallel,
+                with_muon=config.optim.muon is not None,
             )
         first, peak, last = learning_rates(config, phase, self.total_tokens)
         return PhaseForecast(

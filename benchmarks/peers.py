@@ -85,12 +85,22 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """The 197M model as plain torch code; `loss_of(z, table, labels)` is the head."""
+    """The 197M model as plain torch code; `loss_of(z, table, labels)` is the head.
 
-    def __init__(self, shape: ModelConfig, loss_of: Callable[[Tensor, Tensor, Tensor], Tensor]):
+    Args:
+        dtype: of what autocast does not see, the head and RoPE.
+    """
+
+    def __init__(
+        self,
+        shape: ModelConfig,
+        loss_of: Callable[[Tensor, Tensor, Tensor], Tensor],
+        rows: int = PADDED_ROWS,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         super().__init__()
-        self.shape, self.loss_of = shape, loss_of
-        self.table = nn.Embedding(PADDED_ROWS, shape.embedding_rank)
+        self.shape, self.loss_of, self.dtype = shape, loss_of, dtype
+        self.table = nn.Embedding(rows, shape.embedding_rank)
         self.projection = nn.Linear(shape.embedding_rank, shape.hidden_size, bias=False)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.num_layers))
         self.norm = nn.RMSNorm(shape.hidden_size, eps=shape.norm_eps)
@@ -103,12 +113,12 @@ class PlainGPT(nn.Module):
         exponents = torch.arange(0, self.shape.head_dim, 2, device=ids_BT.device) / self.shape.head_dim
         angles_TH = torch.outer(torch.arange(tokens, device=ids_BT.device).float(), self.shape.rope_base**-exponents)
         angles_TD = torch.cat((angles_TH, angles_TH), dim=-1)
-        cos_TD, sin_TD = angles_TD.cos().bfloat16(), angles_TD.sin().bfloat16()
+        cos_TD, sin_TD = angles_TD.cos().to(self.dtype), angles_TD.sin().to(self.dtype)
         x_BTH = self.projection(self.table(ids_BT))
         for block in self.blocks:
             x_BTH = block(x_BTH, cos_TD, sin_TD)
-        z_TR = (self.norm(x_BTH).bfloat16() @ self.projection.weight.bfloat16()).flatten(0, 1)
-        return self.loss_of(z_TR, self.table.weight.bfloat16(), labels_BT.flatten())
+        z_TR = (self.norm(x_BTH).to(self.dtype) @ self.projection.weight.to(self.dtype)).flatten(0, 1)
+        return self.loss_of(z_TR, self.table.weight.to(self.dtype), labels_BT.flatten())
 
 
 def cut_loss(z_TR: Tensor, table_VR: Tensor, labels_T: Tensor) -> Tensor:

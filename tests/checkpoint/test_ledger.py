@@ -238,6 +238,23 @@ def test_a_ledger_from_before_document_masks_is_of_whole_windows(tmp_path):
     assert Ledger.fresh(expected(document_mask=True)).document_mask
 
 
+@pytest.mark.parametrize("allow", [(), ("config",)])
+def test_another_optimizer_is_refused_by_name(allow):
+    ledger, other = in_second_phase(), expected(optimizer="muon")
+    with pytest.raises(
+        UserError, match=r"optimizer: the checkpoint was trained with optim=adamw.*cannot change \(optimizer\)"
+    ):
+        ledger.require_matches(other, allow=allow)
+    assert Ledger.fresh(other).optimizer == "muon"
+
+
+def test_a_ledger_from_before_there_was_a_choice_is_of_adamw(tmp_path):
+    ledger = in_second_phase()
+    old = {name: value for name, value in json.loads(ledger.to_json()).items() if name != "optimizer"}
+    (tmp_path / "ledger.json").write_text(json.dumps(old))
+    assert Ledger.read(tmp_path / "ledger.json") == ledger and ledger.optimizer == "adamw"
+
+
 def test_names_every_difference():
     other = expected(corpus_fingerprint="f" * 64, phases=(changed(WORDS, lr_scale=0.9), changed(PAGES, grad_clip=2.0)))
     with pytest.raises(UserError) as caught:

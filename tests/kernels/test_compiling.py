@@ -12,7 +12,9 @@ from tests.kernels.test_window_attention import angles, random_starts
 from yxanul_nemo.kernels import (
     causal_attention,
     layer_ops,
+    muon_kernels,
     split_rope,
+    symmetric_product,
     tile_limits,
     triton_linear_cross_entropy,
     window_attention,
@@ -23,7 +25,7 @@ from yxanul_nemo.kernels.vocab_shard import VocabShard
 HEADS = Heads(groups=2, heads_per_group=6, head_dim=64)
 HIDDEN, FEED_FORWARD, RANK, ROWS = 768, 2048, 128, 1024
 HOPPER, ADA = (9, 0), (8, 9)
-LAUNCHES = {HOPPER: 39, ADA: 27}
+LAUNCHES = {HOPPER: 46, ADA: 34}
 MOST_SPILLED_BYTES = {"tiled_forward_kernel": 120, "key_value_gradients_kernel": 40, "window_backward_kernel": 460}
 """Per thread, of those that spill: two held back to fit five and three times on a multiprocessor, and short windows' backward pass, at 128
 tokens on Hopper and at all lengths on Ada."""
@@ -80,6 +82,19 @@ def head(capability: tuple[int, int]) -> None:
     through(triton_linear_cross_entropy.triton_linear_cross_entropy(z_TR, e_VR, labels_T, shard, -100), z_TR, e_VR)
 
 
+def optimizer() -> None:
+    """Muon of one layer's mixed projection and of its gate and up projection, and the products that it orthogonalizes with."""
+    scalar, applied = torch.ones(()), torch.ones((), dtype=torch.bool)
+    for rows, places in ((HEADS.qkv_width, torch.zeros(HEADS.qkv_width, dtype=torch.int32)), (2 * FEED_FORWARD, None)):
+        main, update, of_rows = torch.zeros(1, rows, HIDDEN), bf16(1, rows, HIDDEN).detach(), torch.zeros(1, rows)
+        muon_kernels.launch_mix(main, main, update, of_rows, places, scalar, applied, 0.95, True)
+        muon_kernels.launch_apply(main, update, of_rows, places, scalar, applied, 0.1, True)
+    gram, scale = bf16(2, HIDDEN, HIDDEN).detach(), torch.ones(2)
+    for x in (bf16(2, FEED_FORWARD, HIDDEN).detach().mT, bf16(2, HIDDEN, FEED_FORWARD).detach()):
+        symmetric_product.launch(x, 1.0, None, 0.0, 0.0, scale)
+    symmetric_product.launch(gram, 2.0, gram, -1.0, 3.0, None)
+
+
 def compile_all(capability: tuple[int, int]) -> None:
     """Print the name of each kernel launched and what it spills."""
 
@@ -87,6 +102,7 @@ def compile_all(capability: tuple[int, int]) -> None:
         layers()
         attention(capability)
         head(capability)
+        optimizer()
 
     for kernel in compile_launches(capability, work):
         print(kernel.name, spilled_bytes(kernel))

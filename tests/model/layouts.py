@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from yxanul_nemo.checkpoint.shards import ShardReader, save_shards
 from yxanul_nemo.config.model import ModelConfig
-from yxanul_nemo.config.training import OptimConfig, ParallelConfig, PrecisionConfig
+from yxanul_nemo.config.training import MuonConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.training.cpu_backend import CpuBackend
 
@@ -23,11 +23,13 @@ GRAD_CLIP = 0.05
 """Low enough that every step is clipped, so that the norm over ranks matters."""
 
 
-def train(options: dict[str, object], load_from: Path | None, save_to: Path | None) -> list[tuple[float, float]]:
+def train(
+    muon: bool, options: dict[str, object], load_from: Path | None, save_to: Path | None
+) -> list[tuple[float, float]]:
     """Loss and gradient norm of each step with `options` of ParallelConfig; resumed runs begin at step STEPS."""
     parallel = ParallelConfig(device="cpu", layer_spec="torch", **options)
     model = build_model(SHAPE, VOCAB, PrecisionConfig(name="fp32"), parallel, seed=5)
-    backend = CpuBackend(model, OptimConfig(lr=1e-2), parallel)
+    backend = CpuBackend(model, OptimConfig(lr=1e-2, muon=MuonConfig() if muon else None), parallel)
     rank, ranks = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
     if load_from is not None:
         ShardReader(load_from).load_into(backend.sharded_state())

@@ -21,19 +21,29 @@ LAYOUTS = {
 SAVED = ("one", "data_2", "data_2_overlapping", "data_2_unshared", "tensor_2", "data_2_tensor_2")
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["adamw", "muon"])
+def muon(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(muon: bool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("layouts")
 
 
-@pytest.fixture(scope="module")
-def records(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    return {name: run_ranks(train, *LAYOUTS[name], None, folder / name)[0] for name in SAVED}
+def trained(muon: bool, layout: str, load_from: Path | None, save_to: Path | None) -> list[tuple[float, float]]:
+    ranks, options = LAYOUTS[layout]
+    return run_ranks(train, ranks, muon, options, load_from, save_to)[0]
 
 
 @pytest.fixture(scope="module")
-def gone_on(records: dict, folder: Path) -> list[tuple[float, float]]:
-    return run_ranks(train, 1, {}, folder / "one", None)[0]
+def records(muon: bool, folder: Path) -> dict[str, list[tuple[float, float]]]:
+    return {name: trained(muon, name, None, folder / name) for name in SAVED}
+
+
+@pytest.fixture(scope="module")
+def gone_on(records: dict, muon: bool, folder: Path) -> list[tuple[float, float]]:
+    return trained(muon, "one", folder / "one", None)
 
 
 @pytest.mark.parametrize("layout", SAVED[1:])
@@ -76,9 +86,9 @@ def test_ranks_that_share_out_the_optimizer_write_about_as_much_each(records: di
     ],
 )
 def test_training_goes_on_in_another_layout(
-    gone_on: list[tuple[float, float]], folder: Path, source: str, target: str
+    gone_on: list[tuple[float, float]], muon: bool, folder: Path, source: str, target: str
 ) -> None:
-    resumed = run_ranks(train, *LAYOUTS[target], folder / source, None)[0]
+    resumed = trained(muon, target, folder / source, None)
     for (loss, norm), (expected_loss, expected_norm) in zip(resumed, gone_on, strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-4)

@@ -182,6 +182,10 @@ def test_memory_returns_the_measurements_and_grows_with_the_model() -> None:
     most = largest_micro_batch_tokens(MODEL_197M, 200_064, bf16, one, 24 * GIB)
     assert forecast_memory_bytes(MODEL_197M, 200_064, bf16, one, most) <= 24 * GIB
     assert forecast_memory_bytes(MODEL_197M, 200_064, bf16, one, most + 1) > 24 * GIB
+    # 28 layers of 0.79, 0.59, 3.1 and 1.6 million numbers in matrices, one FP32 moment less each.
+    less = forecast_memory_bytes(MODEL_197M, 200_064, bf16, one, 32768, with_muon=True)
+    assert 22.7 * GIB - less == pytest.approx(28 * 768 * (1024 + 768 + 4096 + 2048) * 4)
+    assert largest_micro_batch_tokens(MODEL_197M, 200_064, bf16, one, less + 1, True) == 32768
     deeper = MODEL_197M.model_copy(update={"num_layers": 56})
     assert forecast_memory_bytes(deeper, 200_064, bf16, one, 32768) > 40 * GIB
     # A wider feed-forward block keeps its two inputs and its product in BF16 for the backward pass, and has three larger matrices.

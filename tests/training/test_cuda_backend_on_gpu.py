@@ -14,7 +14,10 @@ from yxanul_nemo.model.sharding import sharded_tensors
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid", "fp8_hybrid parallel.fused_layers=false"])
+@pytest.mark.parametrize(
+    "precision",
+    ["bf16", "fp8_hybrid", "fp8_hybrid parallel.fused_layers=false", "bf16 optim=muon", "fp8_hybrid optim=muon"],
+)
 def test_graph_and_eager_train_alike(precision: str) -> None:
     settings = f"precision={precision}".split()
     eager = losses(backend(config(*settings, "parallel.cuda_graph=false")), range(50))
@@ -25,9 +28,11 @@ def test_graph_and_eager_train_alike(precision: str) -> None:
     assert graphed[-1] < graphed[0] - 1
 
 
-def test_fp32_on_the_gpu_trains_as_on_the_cpu() -> None:
-    gpu = losses(backend(config("precision=fp32", "parallel.layer_spec=torch")), range(5))
-    cpu = losses(backend(config("precision=fp32", "parallel.device=cpu")), range(5), device="cpu")
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_fp32_on_the_gpu_trains_as_on_the_cpu(optim: str) -> None:
+    settings = ("precision=fp32", f"optim={optim}")
+    gpu = losses(backend(config(*settings, "parallel.layer_spec=torch")), range(5))
+    cpu = losses(backend(config(*settings, "parallel.device=cpu")), range(5), device="cpu")
     assert gpu == pytest.approx(cpu, rel=1e-3)
 
 
@@ -39,9 +44,10 @@ def test_fp8_ends_within_two_percent_of_bf16_after_200_steps() -> None:
     assert sum(fp8[-20:]) == pytest.approx(sum(bf16[-20:]), rel=2e-2)
 
 
-def test_fp8_layers_compute_with_the_weights_of_the_last_update() -> None:
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+def test_fp8_layers_compute_with_the_weights_of_the_last_update(optim: str) -> None:
     """Large steps, so that any weight that is kept from before would show: the graph's loss against BF16 layers with the same weights."""
-    made = backend(config("precision=fp8_hybrid"))
+    made = backend(config("precision=fp8_hybrid", f"optim={optim}"))
     losses(made, range(30), lr=5e-3)
     found = losses(made, range(30, 31), lr=0.0)
     expected = losses(made, range(30, 31), lr=0.0, in_bf16=True)
@@ -72,16 +78,17 @@ def test_the_first_steps_can_leave_fp8_out() -> None:
     assert rest == pytest.approx(expected[10:], rel=5e-2)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("precision", ["bf16", "fp8_hybrid"])
-def test_training_goes_on_from_a_checkpoint_with_all_its_state(tmp_path: Path, precision: str) -> None:
-    first = backend(config(f"precision={precision}"))
+def test_training_goes_on_from_a_checkpoint_with_all_its_state(tmp_path: Path, precision: str, optim: str) -> None:
+    first = backend(config(f"precision={precision}", f"optim={optim}"))
     losses(first, range(20))
     save_shards(first.sharded_state(), tmp_path, 0)
     scales = {name: tensor.clone() for name, tensor in scaling_tensors(first.model)} if precision != "bf16" else {}
     assert bool(scales) == (precision != "bf16")
     expected = losses(first, range(20, 25))
     forget_fp8_state()
-    second = backend(config(f"precision={precision}"))
+    second = backend(config(f"precision={precision}", f"optim={optim}"))
     ShardReader(tmp_path).load_into(second.sharded_state())
     second.after_load()
     loaded = dict(scaling_tensors(second.model)) if scales else {}

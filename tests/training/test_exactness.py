@@ -22,7 +22,12 @@ SHAPE = (
 
 CASES = [
     pytest.param(("precision=fp32",), id="cpu"),
-    *(pytest.param((f"precision={name}", *ON_GPU), id=name, marks=pytest.mark.gpu) for name in ("bf16", "fp8_hybrid")),
+    pytest.param(("precision=fp32", "optim=muon"), id="cpu-muon"),
+    *(
+        pytest.param((f"precision={name}", *ON_GPU, f"optim={optim}"), id=f"{name}-{optim}", marks=pytest.mark.gpu)
+        for name in ("bf16", "fp8_hybrid")
+        for optim in ("adamw", "muon")
+    ),
     pytest.param(("precision=fp8_hybrid", *ON_GPU, *CUDNN), id="fp8_hybrid-cudnn", marks=pytest.mark.gpu),
 ]
 

@@ -102,6 +102,57 @@ def test_each_rank_updates_rows_of_its_own_and_has_the_whole_model() -> None:
             assert sum(count for _, count in blocks) == shape[0]
 
 
+STACKED = (5, 3, 7), (4, 8, 16)
+"""Numbers and shapes of parameters of two groups: a matrix is no multiple of the alignment, and is one."""
+
+
+def update_stacks(elements: int, early: bool) -> dict[str, object]:
+    """As `update`, by the stacks, with a parameter of no group in between."""
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    generator = torch.Generator().manual_seed(0)
+    groups = [
+        [torch.nn.Parameter(torch.randn(*shape, generator=generator).bfloat16()) for _ in range(count)]
+        for count, *shape in STACKED
+    ]
+    other = torch.nn.Parameter(torch.randn(10, 3, generator=generator).bfloat16())
+    params = [*groups[0], other, *groups[1]]
+    before = [param.detach().float().numpy() for param in params]
+    flat = FlatParameters(params, dist.group.WORLD, is_shared=True, stacked=groups, bucket_elements=elements)
+    flat.zero_grads()
+    if early:
+        flat.reduce_early()
+    sum((param.float() * (number + dist.get_rank())).sum() for number, param in enumerate(params)).backward()
+    flat.reduce_grads()
+    for stacks in flat.stacks:
+        for stack in stacks:
+            stack.mains.add_(stack.grads)
+            for part, main, grad in zip(stack.parts, stack.mains, stack.grads, strict=True):
+                assert torch.equal(part.main, main) and torch.equal(part.grad, grad)
+                assert main.shape == part.param.shape and main.data_ptr() == part.main.data_ptr()
+    flat.publish()
+    owned = [[params_index(params, part.param) for stack in stacks for part in stack.parts] for stacks in flat.stacks]
+    return {"before": before, "values": [p.detach().float().numpy() for p in params], "owned": owned}
+
+
+def stack_cases() -> list[dict[str, object]]:
+    return [update_stacks(elements, early) for elements in (1 << 20, 200) for early in (False, True)]
+
+
+def test_stacked_parameters_are_whole_with_one_rank() -> None:
+    for ranks in (1, 3):
+        for of_ranks in zip(*run_ranks(stack_cases, ranks), strict=True):
+            owned = [sorted(i for result in of_ranks for i in result["owned"][group]) for group in (0, 1)]
+            assert owned == [[0, 1, 2, 3, 4], [6, 7, 8, 9]]
+            most = max(len(result["owned"][0]) for result in of_ranks)
+            assert most == math.ceil(STACKED[0][0] / ranks)
+            for i, before in enumerate(of_ranks[0]["before"]):
+                total = 0 if i == 5 else sum(i + rank for rank in range(ranks))
+                expected = (torch.from_numpy(before) + total).bfloat16().float()
+                for result in of_ranks:
+                    assert torch.equal(torch.from_numpy(result["values"][i]), expected)
+
+
 def freed() -> list[bool]:
     """Whether parameters and their memory are gone with the last reference to them."""
     dist.init_process_group("gloo")

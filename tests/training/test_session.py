@@ -200,6 +200,10 @@ def test_another_run_is_refused_by_name(in_phase_2: RunConfig, make_config: Make
         ("curriculum.phases.0.lr_scale=0.9", "checkpoint.allow_mismatch=[phase_1.lr_scale]"): r"phase_1\.lr_scale",
         ("model.ffn_hidden_size=32",): r"model: .*allow_mismatch=\[model\]",
         ("optim.lr=1e-3",): r"config: .*allow_mismatch=\[config\]",
+        (
+            "optim=muon",
+        ): r"optimizer: the checkpoint was trained with optim=adamw, the run says muon.*cannot change \(optimizer\)",
+        ("optim=muon", "checkpoint.allow_mismatch=[config]"): r"optimizer: the checkpoint was trained with optim=adamw",
         ("data.seed=1",): "config: ",
         ("checkpoint.allow_mismatch=[confg]",): r"checkpoint\.allow_mismatch: no such field 'confg'.*'config'",
     }

@@ -10,7 +10,8 @@ from yxanul_nemo.files import fingerprint
 def expected_run(config: RunConfig, manifest: CorpusManifest, phases: list[Phase]) -> Expected:
     """The configured run as a ledger sees it. Logging, paths, batch layout and precision of the same kind may change freely."""
     decisive = {
-        "optim": config.optim.model_dump(),
+        # Without what is null, so that checkpoints from before such a key are of the same run.
+        "optim": config.optim.model_dump(exclude_none=True),
         "precision": config.precision.model_dump(),
         "data_seed": config.data.seed,
         "curriculum_tokens": phases[-1].first_token + phases[-1].tokens,
@@ -24,6 +25,7 @@ def expected_run(config: RunConfig, manifest: CorpusManifest, phases: list[Phase
         config_fingerprint=fingerprint(decisive),
         document_mask=config.data.document_mask,
         window_order=config.data.window_order,
+        optimizer=config.optim.name,
         phases=tuple(phase_plan(phase) for phase in phases),
     )
 

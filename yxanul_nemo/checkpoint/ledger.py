@@ -122,6 +122,7 @@ class Expected(Stored):
     """Whether attention stays inside documents."""
     window_order: str
     """How windows are ordered (`DataConfig.window_order`)."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
     phases: tuple[PhasePlan, ...]
     """The whole curriculum."""
 
@@ -157,6 +158,8 @@ class Ledger(Stored):
     """Whether attention stays inside documents; ledgers from before it could are of whole windows."""
     window_order: str = DOCUMENT_ORDER
     """How windows are ordered; ledgers from before there was a choice are of documents in random order, one window after another."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Whose moments the checkpoint has; ledgers from before there was a choice are of AdamW."""
     notes: tuple[str, ...] = ()
     """What was overridden in this run's life, in words."""
 
@@ -191,7 +194,7 @@ class Ledger(Stored):
     @classmethod
     def fresh(cls, expected: Expected) -> "Ledger":
         """The ledger of a run that has consumed nothing."""
-        fields = [f"{name}_fingerprint" for name in FINGERPRINTS] + ["document_mask", "window_order"]
+        fields = [f"{name}_fingerprint" for name in FINGERPRINTS] + ["document_mask", "window_order", "optimizer"]
         return cls(**{name: getattr(expected, name) for name in fields})
 
     @classmethod
@@ -374,6 +377,10 @@ class Ledger(Stored):
         if self.phases and self.window_order != expected.window_order:
             found["window_order"] = (
                 f"the checkpoint's run reads its windows as {self.window_order}, the run says {expected.window_order}"
+            )
+        if self.optimizer != expected.optimizer:
+            found["optimizer"] = (
+                f"the checkpoint was trained with optim={self.optimizer}, the run says {expected.optimizer}, which keeps other moments"
             )
         for record in self.phases:
             if record.index > len(expected.phases):

@@ -89,6 +89,8 @@ def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
             if arguments and isinstance(arguments[-1], type) and issubclass(arguments[-1], BaseModel):
                 place = "N" if get_origin(one) is list else "NAME"
                 yield from _leaves(arguments[-1], f"{prefix}{name}.{place}.")
+            elif one is not field.annotation and (optional := _section(one)) is not None:
+                yield from _leaves(optional, f"{prefix}{name}.")
 
 
 def _table(leaves: Iterator[tuple[str, FieldInfo]]) -> str:

@@ -18,8 +18,29 @@ MXFP8_MULTIPLE = 32
 NumberFormat = Literal["fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8"]
 
 
+class MuonConfig(Section):
+    """Muon: the layers' matrices are updated by their momentum with all its singular values near 1. Everything else (both factors of the
+    embedding, the norms) stays with AdamW.
+
+    An update is scaled so that its numbers are about as large as AdamW's: `lr` and `weight_decay` mean the same for both.
+    """
+
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of the average of gradients."""
+    nesterov: bool = True
+    """Look ahead: the newest gradient counts once more beside the average."""
+    neuron_norm: bool = True
+    """Divide each row of an update by the root of its mean square over past steps, and leave the matrix as large as it was (NorMuon)."""
+    neuron_beta: float = Field(default=0.95, ge=0, lt=1)
+    """Decay of these mean squares."""
+    cautious_decay: bool = True
+    """Decay a weight of these matrices only where the update makes it smaller as well."""
+    adamw_lr_factor: float = Field(default=1.0, gt=0)
+    """Learning rate of what AdamW updates, as a share of `optim.lr`."""
+
+
 class OptimConfig(Section):
-    """AdamW and its learning-rate schedule, a pure function of consumed tokens."""
+    """AdamW or Muon, and the learning-rate schedule, a pure function of consumed tokens."""
 
     lr: float = Field(gt=0)
     """Peak learning rate, before the phase's `lr_scale`."""
@@ -32,13 +53,20 @@ class OptimConfig(Section):
     wsd_decay_ratio: float = Field(default=0.2, gt=0, le=1)
     """Share of the run that `wsd` spends falling."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of the first moment."""
+    """AdamW's decay of the first moment."""
     beta2: float = Field(default=0.95, ge=0, lt=1)
-    """Decay of the second moment."""
+    """AdamW's decay of the second moment."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """Added by AdamW to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
     """Decoupled weight decay of matrices; norms are never decayed."""
+    muon: MuonConfig | None = None
+    """Muon for the layers' matrices; null: AdamW for everything."""
+
+    @property
+    def name(self) -> Literal["adamw", "muon"]:
+        """The optimizer's."""
+        return "adamw" if self.muon is None else "muon"
 
 
 class PrecisionConfig(Section):

@@ -10,7 +10,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.figures import GIB
-from yxanul_nemo.model.counts import parameter_count
+from yxanul_nemo.model.counts import moment_count, parameter_count
 from yxanul_nemo.model.fused_layers import why_not_fused
 
 MEASURED_MODEL = ModelConfig(
@@ -33,10 +33,12 @@ PEAK_MEMORY_BYTES = {
 
 WORKING_BYTES_PER_PARAMETER = 6
 """On a GPU: BF16 parameter 2, FP32 gradient 4."""
-OPTIMIZER_BYTES_PER_PARAMETER = 12
-"""FP32 main parameter 4, two FP32 moments 8; data-parallel ranks share them out."""
-FP32_STATE_BYTES_PER_PARAMETER = (8, 8)
-"""Both where the parameter is its own main parameter."""
+MAIN_BYTES_PER_PARAMETER = 4
+"""FP32 main parameter; data-parallel ranks share them and the moments out."""
+BYTES_PER_MOMENT = 4
+"""FP32."""
+FP32_STATE_BYTES_PER_PARAMETER = (8, 0)
+"""Parameter and gradient, where the parameter is its own main parameter."""
 COMFORTABLE_SHARE = 0.92
 """Of a GPU's memory; above it fragmentation, a display or validation may be what is too much."""
 MOST_MICRO_BATCH_TOKENS = 65_536
@@ -52,6 +54,7 @@ def forecast_memory_bytes(
     parallel: ParallelConfig,
     micro_batch_tokens: int,
     data_parallel: int = 1,
+    with_muon: bool = False,
 ) -> float:
     """Peak memory of one GPU in training: state, what the process needs besides, and activations in proportion to a micro-batch's tokens.
 
@@ -59,24 +62,34 @@ def forecast_memory_bytes(
         vocab_rows: rows of the embedding, padding included.
         micro_batch_tokens: tokens of one micro-batch of a data-parallel rank.
         data_parallel: ranks with different windows.
+        with_muon: whether layers' matrices have one moment instead of AdamW's two.
     """
     kind = "fused" if why_not_fused(model, precision, parallel) is None else "fp8" if precision.is_fp8 else "bf16"
     per_token = _activation_bytes_per_token(kind, precision) * _saved_widths(model) / _saved_widths(MEASURED_MODEL)
-    working, of_optimizer = WORKING_BYTES_PER_PARAMETER, OPTIMIZER_BYTES_PER_PARAMETER
+    working, of_main = WORKING_BYTES_PER_PARAMETER, MAIN_BYTES_PER_PARAMETER
     if precision.name == "fp32":
-        working, of_optimizer = FP32_STATE_BYTES_PER_PARAMETER
+        working, of_main = FP32_STATE_BYTES_PER_PARAMETER
     shares = data_parallel * parallel.context_parallel if parallel.shares_optimizer else 1
     ranks = parallel.tensor_parallel * parallel.context_parallel
-    held = (working + of_optimizer / shares) * parameter_count(model, vocab_rows) / parallel.tensor_parallel
+    parameters = parameter_count(model, vocab_rows)
+    shared_out = of_main * parameters + BYTES_PER_MOMENT * moment_count(model, vocab_rows, with_muon)
+    held = (working * parameters + shared_out / shares) / parallel.tensor_parallel
     return held + _process_bytes(kind) + per_token * micro_batch_tokens / ranks
 
 
 def largest_micro_batch_tokens(
-    model: ModelConfig, vocab_rows: int, precision: PrecisionConfig, parallel: ParallelConfig, memory_bytes: float
+    model: ModelConfig,
+    vocab_rows: int,
+    precision: PrecisionConfig,
+    parallel: ParallelConfig,
+    memory_bytes: float,
+    with_muon: bool = False,
 ) -> int:
     """Most tokens of a micro-batch that fit into `memory_bytes` by `forecast_memory_bytes`; 0 or less if even the state does not."""
-    held = forecast_memory_bytes(model, vocab_rows, precision, parallel, 0)
-    per_token = forecast_memory_bytes(model, vocab_rows, precision, parallel, 1) - held
+    held, with_one = (
+        forecast_memory_bytes(model, vocab_rows, precision, parallel, tokens, with_muon=with_muon) for tokens in (0, 1)
+    )
+    per_token = with_one - held
     return math.floor((memory_bytes - held) / per_token)
 
 
@@ -101,9 +114,12 @@ def with_micro_batch(config: RunConfig, vocab_size: int, memory_bytes: int | Non
 def _fitting(config: RunConfig, vocab_size: int, longest_seq_len: int, memory_bytes: int) -> int:
     model, precision, parallel = config.model, config.precision, config.parallel
     vocab_rows = model.padded_vocab_size(vocab_size)
-    fits = largest_micro_batch_tokens(model, vocab_rows, precision, parallel, COMFORTABLE_SHARE * memory_bytes)
+    with_muon = config.optim.muon is not None
+    fits = largest_micro_batch_tokens(
+        model, vocab_rows, precision, parallel, COMFORTABLE_SHARE * memory_bytes, with_muon
+    )
     if fits < longest_seq_len:
-        needed = forecast_memory_bytes(model, vocab_rows, precision, parallel, longest_seq_len)
+        needed = forecast_memory_bytes(model, vocab_rows, precision, parallel, longest_seq_len, with_muon=with_muon)
         raise UserError(
             "parallel.micro_batch_tokens",
             f"is auto, but one window of {longest_seq_len} tokens is expected to take {needed / GIB:.1f} GiB "
@@ -132,5 +148,7 @@ def _process_bytes(kind: str) -> float:
     (small_tokens, small_bytes), (large_tokens, large_bytes) = PEAK_MEMORY_BYTES[kind].items()
     per_token = (large_bytes - small_bytes) / (large_tokens - small_tokens)
     rows = MEASURED_MODEL.padded_vocab_size(MEASURED_VOCAB_SIZE)
-    state = (WORKING_BYTES_PER_PARAMETER + OPTIMIZER_BYTES_PER_PARAMETER) * parameter_count(MEASURED_MODEL, rows)
+    per_parameter = WORKING_BYTES_PER_PARAMETER + MAIN_BYTES_PER_PARAMETER
+    state = per_parameter * parameter_count(MEASURED_MODEL, rows)
+    state += BYTES_PER_MOMENT * moment_count(MEASURED_MODEL, rows, with_muon=False)
     return small_bytes - per_token * small_tokens - state

@@ -15,7 +15,7 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.kernels.tile_limits import why_unsupported
 from yxanul_nemo.machine.gpu_table import BY_KEY, Gpu
-from yxanul_nemo.model.counts import training_flops_per_token
+from yxanul_nemo.model.counts import moment_count, parameter_count, training_flops_per_token
 from yxanul_nemo.model.fused_layers import uses_tiles, why_not_fused
 from yxanul_nemo.model.memory import MEASURED_MODEL, MEASURED_VOCAB_SIZE
 
@@ -51,9 +51,6 @@ FP32_SHARE_OF_PEAK = 0.5
 CPU_FLOPS_PER_SECOND_PER_CORE = 40e9
 """Model FLOP/s of one core in FP32: 67 to 87 GFLOP/s were measured on two cores of an AMD EPYC with the demo, 2026-11-22."""
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12
-"""On disk: FP32 main parameter 4, two FP32 moments 8."""
-
 Basis = Literal["measured", "interpolated", "roofline"]
 
 
@@ -66,6 +63,12 @@ class Speed:
     """`measured`: such a run was timed; `interpolated`: between or beside timed ones of this model and GPU; `roofline`: from FLOPs."""
     source: str
     """Where the figure comes from, in words."""
+
+
+def checkpoint_bytes(model: ModelConfig, vocab_size: int, with_muon: bool) -> int:
+    """Size of a checkpoint on disk: main parameters and moments, in FP32."""
+    rows = model.padded_vocab_size(vocab_size)
+    return 4 * (parameter_count(model, rows) + moment_count(model, rows, with_muon))
 
 
 def forecast_speed(

@@ -25,7 +25,7 @@ from yxanul_nemo.machine.gpu_table import Gpu
 from yxanul_nemo.machine.gpus import process_count, threads_per_process, world_size
 from yxanul_nemo.model.counts import parameter_count, training_flops_per_token
 from yxanul_nemo.model.memory import forecast_memory_bytes, with_micro_batch
-from yxanul_nemo.plan.estimates import CHECKPOINT_BYTES_PER_PARAMETER, Speed, forecast_speed
+from yxanul_nemo.plan.estimates import Speed, checkpoint_bytes, forecast_speed
 from yxanul_nemo.plan.gpu import check_gpu_precision, choose_gpu, planned_precision
 from yxanul_nemo.plan.progress import PhaseDone, phases_done
 from yxanul_nemo.plan.scaling import Simulator
@@ -163,6 +163,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
     price = config.plan.price_per_gpu_hour
     parameters = parameter_count(config.model, config.model.padded_vocab_size(vocab_size))
     kept = _checkpoints_kept(config, phases)
+    one_checkpoint_bytes = checkpoint_bytes(config.model, vocab_size, with_muon=config.optim.muon is not None)
     return Plan(
         format="yxanul-plan",
         format_version=PLAN_VERSION,
@@ -188,9 +189,9 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         total_gpu_hours=gpu_hours,
         price_per_gpu_hour=price,
         total_cost=None if price is None else gpu_hours * price,
-        checkpoint_bytes=parameters * CHECKPOINT_BYTES_PER_PARAMETER,
+        checkpoint_bytes=one_checkpoint_bytes,
         checkpoints_kept=kept,
-        checkpoints_disk_bytes=kept * parameters * CHECKPOINT_BYTES_PER_PARAMETER,
+        checkpoints_disk_bytes=kept * one_checkpoint_bytes,
         warnings=plan_warnings(config, gpu, found, ranks, rows, vocab_size, vocab_size_source),
     )
 
@@ -265,7 +266,13 @@ class _Forecaster:
         if self.gpu is not None:
             rows = config.model.padded_vocab_size(self.vocab_size)
             memory_bytes = forecast_memory_bytes(
-                config.model, rows, precision, parallel, micro_batch_tokens, self.data_parallel
+                config.model,
+                rows,
+                precision,
+                parallel,
+                micro_batch_tokens,
+                self.data_parallel,
+                with_muon=config.optim.muon is not None,
             )
         first, peak, last = learning_rates(config, phase, self.total_tokens)
         return PhaseForecast(

@@ -58,7 +58,14 @@ def _memory_warnings(config: RunConfig, gpu: Gpu, rows: Sequence[PlannedPhase], 
     worst = max(rows, key=lambda row: row.memory_bytes or 0.0)
     if worst.memory_bytes is None or worst.memory_bytes <= comfortable_bytes:
         return []
-    fits = largest_micro_batch_tokens(config.model, vocab_rows, config.precision, config.parallel, comfortable_bytes)
+    fits = largest_micro_batch_tokens(
+        config.model,
+        vocab_rows,
+        config.precision,
+        config.parallel,
+        comfortable_bytes,
+        with_muon=config.optim.muon is not None,
+    )
     window = max(row.seq_len for row in rows)
     remedy = (
         f"parallel.micro_batch_tokens={fits // window * window} fits"

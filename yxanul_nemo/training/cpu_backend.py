@@ -12,9 +12,8 @@ from yxanul_nemo.config.training import GuardsConfig, OptimConfig, ParallelConfi
 from yxanul_nemo.model.documents import Documents
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
-from yxanul_nemo.training.flat_parameters import FlatParameters
 from yxanul_nemo.training.guard import UpdateGuard
-from yxanul_nemo.training.optimizer import MainParamAdamW
+from yxanul_nemo.training.optimizer import MainParamOptimizer
 
 
 class CpuBackend:
@@ -33,8 +32,14 @@ class CpuBackend:
         self.guard = UpdateGuard(guards or GuardsConfig(), torch.device("cpu"))
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.overlaps = parallel.overlap_gradients
-        self.flat = FlatParameters(model.parameters(), self.data_group, parallel.shares_optimizer)
-        self.optimizer = MainParamAdamW(self.flat, optim, parallel_state.get_tensor_model_parallel_group())
+        self.optimizer = MainParamOptimizer(
+            model,
+            optim,
+            self.data_group,
+            parallel.shares_optimizer,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        self.flat = self.optimizer.flat
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Nothing to warm up."""

@@ -24,9 +24,8 @@ from yxanul_nemo.model.fp8_state import scaling_state_kept, sharded_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import StepResult
 from yxanul_nemo.training.document_room import DocumentRoom
-from yxanul_nemo.training.flat_parameters import FlatParameters
 from yxanul_nemo.training.guard import UpdateGuard
-from yxanul_nemo.training.optimizer import MainParamAdamW
+from yxanul_nemo.training.optimizer import MainParamOptimizer
 
 WARMUP_PASSES = 3
 """Passes before capture: lazily made state (FP8 scales, cuBLAS workspaces, compiled kernels) must exist by then."""
@@ -46,8 +45,14 @@ class CudaBackend:
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.slices = WindowSlices(parallel_state.get_context_parallel_group())
         self.overlaps = config.parallel.overlap_gradients and self.data_group.size() > 1
-        self.flat = FlatParameters(model.parameters(), self.data_group, config.parallel.shares_optimizer)
-        self.optimizer = MainParamAdamW(self.flat, config.optim, parallel_state.get_tensor_model_parallel_group())
+        self.optimizer = MainParamOptimizer(
+            model,
+            config.optim,
+            self.data_group,
+            config.parallel.shares_optimizer,
+            parallel_state.get_tensor_model_parallel_group(),
+        )
+        self.flat = self.optimizer.flat
         self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         """Forward and backward of a micro-batch; by whether gradients are reduced in it."""
         self.update_graph: torch.cuda.CUDAGraph | None = None
@@ -207,7 +212,7 @@ class CudaBackend:
     def _update(self) -> tuple[Tensor, Tensor]:
         """All that comes after the last micro-batch; returns (norm before clipping, whether the update was applied)."""
         if self.use_graph and self.update_graph is None:
-            self.update_graph = self._captured(self._reduce_and_update)
+            self.update_graph = self._captured(self._reduce_and_update, self._pool())
         if self.update_graph is not None:
             self.update_graph.replay()
         else:
@@ -234,11 +239,14 @@ class CudaBackend:
             self.flat.reduce_grads()
         self._reduce_and_update()
         for reduces in (False, True) if self.overlaps and accumulates else (self.overlaps,):
-            # They never run at once and leave nothing in their memory.
-            pool = next((other.pool() for other in self.graphs.values()), None)
-            graph = self._captured(partial(self._forward_backward, reduces), pool)
+            graph = self._captured(partial(self._forward_backward, reduces), self._pool())
             if graph is not None:
                 self.graphs[reduces] = graph
+
+    def _pool(self) -> tuple[int, int] | None:
+        """Memory that graphs have in common: they never run at once, and what one leaves in it is copied before the next one runs."""
+        graphs = [graph for graph in (*self.graphs.values(), self.update_graph) if graph is not None]
+        return graphs[0].pool() if graphs else None
 
     def _captured(self, work: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph | None:
         """A graph of `work`; if that fails, None, and all that has no graph yet is done eagerly, with the reason in the log."""

@@ -2,7 +2,8 @@
 
 Sharing (ZeRO-1, arXiv:1910.02054): each rank keeps main parameters and moments of its part alone. Sums of gradients are scattered, each
 rank updates its part, and rounded parameters are gathered. Cuts between parts lie between rows, so a part of a matrix is a block of
-rows, which a checkpoint can say as a block of the global tensor (`model.sharding.row_blocks`).
+rows, which a checkpoint can say as a block of the global tensor (`model.sharding.row_blocks`). Matrices that an optimizer must see whole
+lie in buckets of one shape, as stacks, where cuts lie between matrices.
 
 It takes the place of Megatron-core's DistributedDataParallel, whose buffers are on CUDA devices unconditionally and whose parts end
 inside rows (megatron-core 0.19, param_and_grad_buffer): here CPUs and GPUs do the same, so that tests on CPUs speak for both.
@@ -36,6 +37,17 @@ class Part:
     """FP32, of the same rows."""
 
 
+@dataclass(frozen=True)
+class Stack:
+    """Whole parameters of one shape that this rank updates, which lie one after another in memory."""
+
+    parts: tuple[Part, ...]
+    mains: Tensor
+    """FP32 [parts, *shape], of which the parts' are views."""
+    grads: Tensor
+    """The same of the gradients."""
+
+
 class FlatParameters:
     """A model's parameters moved into buckets of memory, with FP32 gradients that add up over micro-batches.
 
@@ -43,6 +55,7 @@ class FlatParameters:
         params: all of a model; the gradient of each must be computed in every backward pass.
         group: data-parallel ranks, those that share a window included.
         is_shared: whether each rank updates its part only. Alone, a rank's part is everything.
+        stacked: groups of these parameters, each of one shape, of which a rank updates none or the whole.
     """
 
     def __init__(
@@ -50,11 +63,24 @@ class FlatParameters:
         params: Iterable[Parameter],
         group: dist.ProcessGroup,
         is_shared: bool,
+        stacked: Sequence[Sequence[Parameter]] = (),
         bucket_elements: int = BUCKET_ELEMENTS,
     ):
         self.group, self.is_shared = group, is_shared and group.size() > 1
         self.params = [param for param in params if param.requires_grad]
-        self.buckets = [_Bucket(of_bucket, group, self.is_shared) for of_bucket in _split(self.params, bucket_elements)]
+        in_stacks = {id(param) for of_stack in stacked for param in of_stack}
+        others = [param for param in self.params if id(param) not in in_stacks]
+        self.buckets = [_Bucket(of_bucket, group, self.is_shared) for of_bucket in _split(others, bucket_elements)]
+        shares = group.size() if self.is_shared else 1
+        self.stacks: list[list[Stack]] = []
+        """For each group of `stacked`, this rank's parameters in one or several buckets."""
+        for of_group in stacked:
+            buckets = [
+                _Bucket(of_bucket, group, self.is_shared, whole=True)
+                for of_bucket in _split_stack(of_group, bucket_elements, shares)
+            ]
+            self.buckets += buckets
+            self.stacks.append([bucket.stack() for bucket in buckets if bucket.parts])
         self.parts = [part for bucket in self.buckets for part in bucket.parts]
         for bucket in self.buckets:
             bucket.add_up_gradients()
@@ -81,11 +107,16 @@ class FlatParameters:
 
 
 class _Bucket:
-    """Parameters of one dtype, one after another in memory, in as many equal shares as ranks update them."""
+    """Parameters of one dtype, one after another in memory, in as many equal shares as ranks update them.
 
-    def __init__(self, params: Sequence[Parameter], group: dist.ProcessGroup, is_shared: bool):
+    Args:
+        whole: cut between parameters, all of one shape, and not only between rows.
+    """
+
+    def __init__(self, params: Sequence[Parameter], group: dist.ProcessGroup, is_shared: bool, whole: bool = False):
         self.params, self.group, self.is_shared = list(params), group, is_shared
-        begins, share = places([tuple(p.shape) for p in params], group.size() if is_shared else 1)
+        shapes = [tuple(p.shape) for p in params]
+        begins, share = (stack_places if whole else places)(shapes, group.size() if is_shared else 1)
         rank = group.rank() if is_shared else 0
         size = share * (group.size() if is_shared else 1)
         self.values = params[0].detach().new_zeros(size)
@@ -117,6 +148,16 @@ class _Bucket:
             main=self.mains[at : at + count].view(shape),
             grad=self.grads[first : first + count].view(shape),
         )
+
+    def stack(self) -> Stack:
+        """This rank's share, where all parameters have one shape and are whole."""
+        shape, count = self.parts[0].main.shape, len(self.parts)
+        stride = _stack_stride(tuple(shape))
+
+        def stacked(share: Tensor) -> Tensor:
+            return share[: count * stride].view(count, stride)[:, : shape.numel()].unflatten(1, shape)
+
+        return Stack(tuple(self.parts), stacked(self.mains), stacked(self.grads[self.own]))
 
     def add_up_gradients(self) -> None:
         """Have each gradient that a backward pass computes added to those in the bucket.
@@ -193,6 +234,18 @@ def places(shapes: Sequence[tuple[int, ...]], shares: int) -> tuple[list[int], i
     return begins, -(-end // (shares * unit)) * unit
 
 
+def stack_places(shapes: Sequence[tuple[int, ...]], shares: int) -> tuple[list[int], int]:
+    """`places` for tensors of one shape that lie at equal distances and are not cut."""
+    stride = _stack_stride(shapes[0])
+    assert all(shape == shapes[0] for shape in shapes)
+    return [number * stride for number in range(len(shapes))], -(-len(shapes) // shares) * stride
+
+
+def _stack_stride(shape: tuple[int, ...]) -> int:
+    """Elements from the beginning of a tensor in a stack to that of the next."""
+    return -(-math.prod(shape) // ALIGNMENT) * ALIGNMENT
+
+
 def _width(shape: tuple[int, ...]) -> int:
     """Elements of a row."""
     return math.prod(shape[1:])
@@ -207,3 +260,9 @@ def _split(params: Sequence[Parameter], most_elements: int) -> list[list[Paramet
             of_dtype.append([])
         of_dtype[-1].append(param)
     return [bucket for of_dtype in buckets.values() for bucket in of_dtype]
+
+
+def _split_stack(params: Sequence[Parameter], most_elements: int, shares: int) -> list[Sequence[Parameter]]:
+    """Runs of them of up to so many elements, or one for each share; only the last may leave shares that are not full."""
+    count = max(1, most_elements // (params[0].numel() * shares)) * shares
+    return [params[first : first + count] for first in range(0, len(params), count)]

@@ -1,4 +1,4 @@
-"""AdamW on FP32 main parameters, with clipping and the skip of non-finite gradients decided on the device, without a host synchronization.
+"""Updates of FP32 main parameters, with clipping and the skip of bad gradients decided on the device, without a host synchronization.
 
 The same class serves CPUs and GPUs, so moments and main parameters in a checkpoint mean the same everywhere.
 """
@@ -13,51 +13,50 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from torch import Tensor
 
 from yxanul_nemo.config.training import OptimConfig
+from yxanul_nemo.model.gpt import YxanulGPT
+from yxanul_nemo.model.matrices import layer_matrices
 from yxanul_nemo.model.sharding import row_blocks
+from yxanul_nemo.training.adamw import AdamW
 from yxanul_nemo.training.flat_parameters import FlatParameters
+from yxanul_nemo.training.muon import Muon
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
-
-class MainParamAdamW:
-    """torch's fused AdamW (decoupled weight decay, arXiv:1711.05101) over the FP32 main parameters that are this rank's to update.
+class MainParamOptimizer:
+    """AdamW, or Muon with AdamW, over the FP32 main parameters that are this rank's to update.
 
     Args:
-        flat: the model's parameters, which are updated in place, and their gradients.
+        model: whose parameters are updated in place; `flat` has them and their gradients from here on.
+        data_group: data-parallel ranks, those that share a window included.
+        is_shared: whether each of these updates its part only.
         tensor_group: ranks that share the matrices; a shard's gradient counts on each of them, a copy's once.
     """
 
-    def __init__(self, flat: FlatParameters, optim: OptimConfig, tensor_group: dist.ProcessGroup):
-        self.flat, self.tensor_group = flat, tensor_group
-        self.mains = [part.main for part in flat.parts]
-        device = flat.params[0].device
-        self.lr = torch.zeros((), device=device)
+    def __init__(
+        self,
+        model: YxanulGPT,
+        optim: OptimConfig,
+        data_group: dist.ProcessGroup,
+        is_shared: bool,
+        tensor_group: dist.ProcessGroup,
+    ):
+        kinds = () if optim.muon is None else layer_matrices(model)
+        self.flat = FlatParameters(model.parameters(), data_group, is_shared, stacked=[kind.params for kind in kinds])
+        self.tensor_group = tensor_group
+        self.mains = [part.main for part in self.flat.parts]
+        device = self.flat.params[0].device
         self.grad_clip = torch.ones((), device=device)
+        self.update_count = torch.zeros(1, device=device)
         self.counted = [
             part.grad
-            for part in flat.parts
+            for part in self.flat.parts
             if tensor_group.rank() == 0 or getattr(part.param, "tensor_model_parallel", False)
         ]
-        # Matrices are decayed, vectors (the norms) are not: Megatron-core's rule, by shape and not by name.
-        groups = [
-            {"params": [m for m in self.mains if m.dim() > 1], "weight_decay": optim.weight_decay},
-            {"params": [m for m in self.mains if m.dim() <= 1], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(
-            groups,
-            lr=self.lr,
-            betas=(optim.beta1, optim.beta2),
-            eps=optim.eps,
-            fused=True,
-            capturable=device.type == "cuda",
-        )
-        self.update_count = torch.zeros(1, device=device)
-        # torch creates the state at the first step; a checkpoint needs it to be there before.
-        for main in self.mains:
-            self.adamw.state[main] = {
-                "step": torch.zeros((), device=device),
-                **{moment: torch.zeros_like(main) for moment in MOMENTS},
-            }
+        stacked = {id(part) for stacks in self.flat.stacks for stack in stacks for part in stack.parts}
+        others = [part for part in self.flat.parts if id(part) not in stacked]
+        lr_factor = 1.0 if optim.muon is None else optim.muon.adamw_lr_factor
+        self.adamw = AdamW(others, optim, device, lr_factor)
+        self.muon = None if optim.muon is None else Muon(kinds, self.flat.stacks, optim, tensor_group)
+        self.rules = [rule for rule in (self.adamw, self.muon) if rule is not None]
 
     def step(self, lr: float, grad_clip: float, admits: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """Update from the reduced gradients; returns (norm before clipping, whether the update was applied).
@@ -69,7 +68,8 @@ class MainParamAdamW:
 
     def set_rates(self, lr: float, grad_clip: float) -> None:
         """Learning rate and largest gradient norm of the next update."""
-        self.lr.fill_(lr)
+        for rule in self.rules:
+            rule.set_lr(lr)
         self.grad_clip.fill_(grad_clip)
 
     @torch.no_grad()
@@ -84,15 +84,9 @@ class MainParamAdamW:
             dist.all_reduce(squares, group=self.tensor_group)
         norm = squares.sqrt().float()
         applied = admits(norm)
-        # torch's fused optimizers divide gradients by grad_scale and do nothing where found_inf is 1 (the contract that
-        # torch.amp.GradScaler uses with them), so clipping and skipping cost no pass over the gradients of their own.
-        self.adamw.grad_scale = torch.clamp((norm + 1e-6) / self.grad_clip, min=1.0)
-        self.adamw.found_inf = (~applied).float()
-        for part in self.flat.parts:
-            part.main.grad = part.grad
-        self.adamw.step()
-        for part in self.flat.parts:
-            part.main.grad = None
+        grad_scale = torch.clamp((norm + 1e-6) / self.grad_clip, min=1.0)
+        for rule in self.rules:
+            rule.update(grad_scale, applied)
         self.update_count += applied
         self.flat.publish()
         return norm, applied
@@ -108,12 +102,16 @@ class MainParamAdamW:
         described = [v for v in nested_values(model_state) if isinstance(v, ShardedTensor | ShardedTensorFactory)]
         by_param = {id(value.data): value for value in described}
         state: dict[str, Any] = {}
-        for number, part in enumerate(self.flat.parts):
-            tensors = {f"optimizer.{moment}": self.adamw.state[part.main][moment] for moment in MOMENTS}
-            for prefix, tensor in (tensors | {"model": part.main}).items():
-                blocks = row_blocks(by_param[id(part.param)], part.first_row, tensor, prefix, self.flat.is_shared)
-                state[f"{prefix}.{number}"] = list(blocks)
-        # AdamW counts updates per parameter; they are all equal, so one number is kept.
+        number = 0
+        for rule in self.rules:
+            for part, moments in rule.moments():
+                tensors = {f"optimizer.{name}": tensor for name, tensor in moments.items()}
+                for prefix, tensor in (tensors | {"model": part.main}).items():
+                    blocks = row_blocks(by_param[id(part.param)], part.first_row, tensor, prefix, self.flat.is_shared)
+                    state[f"{prefix}.{number}"] = list(blocks)
+                number += 1
+        if self.muon is not None:
+            state |= self.muon.sharded_row_moments(by_param, self.flat.is_shared)
         state["optimizer.step"] = ShardedTensor.from_rank_offsets(
             "optimizer.step", self.update_count, replica_id=min(1, dist.get_rank())
         )
@@ -121,7 +119,6 @@ class MainParamAdamW:
 
     @torch.no_grad()
     def after_load(self) -> None:
-        """Bring what is derived from loaded tensors in line: each parameter's count, and the model's parameters."""
-        for main in self.mains:
-            self.adamw.state[main]["step"].copy_(self.update_count[0])
+        """Bring what is derived from loaded tensors in line with them: AdamW's counts, and the model's parameters."""
+        self.adamw.set_count(self.update_count)
         self.flat.publish()

@@ -35,7 +35,7 @@ def register_schema() -> None:
     defaults = {
         name: section().model_dump(mode="json")
         for name, section in sections.items()
-        if isinstance(section, type) and issubclass(section, Section) and not (CONF_DIR / name).is_dir()
+        if isinstance(section, type) and issubclass(section, Section) and not any((CONF_DIR / name).glob("*.yaml"))
     }
     ConfigStore.instance().store(name="schema", node=defaults)
 

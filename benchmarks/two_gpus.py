@@ -27,7 +27,6 @@ RECIPE = "recipe=yxanul_197m_fixed_2048"
 LAYOUTS: dict[str, tuple[tuple[str, ...], tuple[int, ...], int]] = {
     "data": ((), SEQ_LENS, 1),
     "data, optimizer not shared": (("parallel.distributed_optimizer=false",), (2048,), 1),
-    "data, overlapping": (("parallel.overlap_gradients=true", "plan.overlap=1"), (2048,), 1),
     "data, twice the step": ((), (2048,), 2),
     "tensor": (("parallel.tensor_parallel=2",), (2048,), 1),
     "context": (("parallel.context_parallel=2",), (2048,), 1),
@@ -140,14 +139,14 @@ def measure_layouts(options: argparse.Namespace) -> None:
 
 
 def complete(rows: list[dict[str, Any]]) -> None:
-    """Add the ratio to one GPU at the same length, and the simulation's tokens/s."""
+    """Add the ratio to one GPU at the same length, and the simulation's tokens/s; cases of layouts that are gone stay as they are."""
     from yxanul_nemo.config.load import compose, parse
     from yxanul_nemo.model.memory import MEASURED_VOCAB_SIZE
     from yxanul_nemo.plan.scaling import Simulator
 
     alone = {row["seq_len"]: row["tokens_per_second"] for row in rows if row["gpus"] == 1 and "error" not in row}
     for row in rows:
-        if row["gpus"] == 1 or row["seq_len"] not in alone:
+        if row["gpus"] == 1 or row["seq_len"] not in alone or row["layout"] not in LAYOUTS:
             continue
         one = alone[row["seq_len"]]
         simulator = Simulator(parse(compose(row["settings"])), lambda *_, rate=one: rate, MEASURED_VOCAB_SIZE)

@@ -11,14 +11,13 @@ from tests.ranks import run_ranks
 LAYOUTS = {
     "one": (1, {}),
     "data_2": (2, {}),
-    "data_2_overlapping": (2, {"overlap_gradients": True}),
     "data_2_unshared": (2, {"distributed_optimizer": False}),
     "tensor_2": (2, {"tensor_parallel": 2}),
     "data_4": (4, {}),
     "data_2_tensor_2": (4, {"tensor_parallel": 2}),
 }
 """Processes, and what differs from the default, where data-parallel ranks share out the optimizer's state."""
-SAVED = ("one", "data_2", "data_2_overlapping", "data_2_unshared", "tensor_2", "data_2_tensor_2")
+SAVED = ("one", "data_2", "data_2_unshared", "tensor_2", "data_2_tensor_2")
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["adamw", "muon"])

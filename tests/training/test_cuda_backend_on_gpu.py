@@ -70,10 +70,10 @@ def test_the_first_steps_can_leave_fp8_out() -> None:
     expected = losses(bf16, range(20))
     found = losses(fp8, range(10), in_bf16=True)
     assert found == pytest.approx(expected[:10], rel=1e-3)
-    graphs = fp8.graphs
+    graph = fp8.graph
     fp8.calibrate(*(x.cuda() for x in structured(10)))
     rest = losses(fp8, range(10, 20))
-    assert fp8.uses_graph and fp8.graphs is not graphs
+    assert fp8.uses_graph and fp8.graph is not graph
     assert rest != expected[10:]
     assert rest == pytest.approx(expected[10:], rel=5e-2)
 
@@ -153,9 +153,9 @@ def test_measuring_both_formats_leaves_no_trace() -> None:
     after = everything()
     assert after.keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-    assert not made.graphs and made.model.config.fp8
+    assert not made.graph and made.model.config.fp8
     found = losses(made, range(50))
-    assert made.graphs and found[-1] < found[0] - 1
+    assert made.graph and found[-1] < found[0] - 1
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
@@ -238,7 +238,7 @@ def test_graph_and_eager_train_alike_inside_documents(precision: str, seq_len: i
     eager = losses_of_documents(eager_backend, seq_len, means)
     made = backend(config(*settings), seq_len=seq_len)
     graphed = losses_of_documents(made, seq_len, means)
-    assert made.graphs and made.update_graph is not None, "the graphs were not captured"
+    assert made.graph and made.update_graph is not None, "the graphs were not captured"
     by_tiles = tiles == "true" and torch.cuda.get_device_capability()[0] == 9
     assert (made.room is not None) == (seq_len > 128 and not by_tiles)
     assert graphed == pytest.approx(eager, rel=2e-2)
@@ -264,19 +264,19 @@ def test_a_batch_with_more_documents_than_room_gets_a_new_graph(precision: str) 
     eager = losses_of_documents(backend(config(*settings, "parallel.cuda_graph=false"), 16, 256), 256, means)
     made = backend(config(*settings), 16, 256)
     before = losses_of_documents(made, 256, means[:3])
-    graphs, room = made.graphs, made.documents.room
+    graph, room = made.graph, made.documents.room
     # 16 windows of 256 tokens in documents of 8: about 520.
     ids, labels = structured(3, 256, document_tokens=8)
     scales = {name: tensor.clone() for name, tensor in scaling_tensors(made.model)} if precision != "bf16" else {}
     made.make_room(ids)
-    assert made.documents.room >= 512 > room and not made.graphs
+    assert made.documents.room >= 512 > room and not made.graph
     assert all(torch.equal(tensor, scales[name]) for name, tensor in scaling_tensors(made.model) if name in scales)
     found = [*before, float(made.train_step(ids.cuda(), labels.cuda(), 1e-3, 1.0).loss)]
-    assert made.graphs and made.graphs is not graphs
-    graphs = made.graphs
+    assert made.graph and made.graph is not graph
+    graph = made.graph
     for step in (4, 5):
         ids, labels = structured(step, 256, document_tokens=means[step])
         made.make_room(ids)
         found.append(float(made.train_step(ids.cuda(), labels.cuda(), 1e-3, 1.0).loss))
-    assert made.graphs is graphs, "the room is kept"
+    assert made.graph is graph, "the room is kept"
     assert found == pytest.approx(eager, rel=2e-2)

@@ -1,4 +1,4 @@
-"""Buckets of parameters on gloo ranks: what each of them updates, and sums of gradients early and late."""
+"""Buckets of parameters on gloo ranks: what each of them updates, and sums of gradients."""
 
 import gc
 import math
@@ -40,11 +40,10 @@ class ScaledSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[None, None]:
         ctx.param.main_grad += ctx.factor * grad
-        ctx.param.has_main_grad()
         return None, None
 
 
-def update(bucket_elements: int, early: bool, dtype: torch.dtype) -> dict[str, object]:
+def update(bucket_elements: int, dtype: torch.dtype) -> dict[str, object]:
     """Two micro-batches with gradients that depend on the rank, and an update of each main parameter by its gradient."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -53,8 +52,6 @@ def update(bucket_elements: int, early: bool, dtype: torch.dtype) -> dict[str, o
     flat = FlatParameters(params, dist.group.WORLD, is_shared=True, bucket_elements=bucket_elements)
     flat.zero_grads()
     for micro_batch in (1, 2):
-        if early and micro_batch == 2:
-            flat.reduce_early()
         factors = [(dist.get_rank() + number) * micro_batch for number in range(len(params))]
         terms = [
             ScaledSum.apply(param, factor) if number % 2 else (param.float() * factor).sum()
@@ -74,12 +71,7 @@ def params_index(params: list[torch.nn.Parameter], param: torch.nn.Parameter) ->
 
 
 def cases() -> list[dict[str, object]]:
-    return [
-        update(elements, early, dtype)
-        for elements in (1 << 20, 2000)
-        for early in (False, True)
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
+    return [update(elements, dtype) for elements in (1 << 20, 2000) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_each_rank_updates_rows_of_its_own_and_has_the_whole_model() -> None:
@@ -89,7 +81,7 @@ def test_each_rank_updates_rows_of_its_own_and_has_the_whole_model() -> None:
     before = [torch.randn(shape, generator=generator) for shape in SHAPES]
     for number, results in enumerate(zip(*of_ranks, strict=True)):
         dtype = (torch.float32, torch.bfloat16)[number % 2]
-        assert (results[0]["buckets"] > 1) == (number >= 4)
+        assert (results[0]["buckets"] > 1) == (number >= 2)
         for i, start in enumerate(before):
             # The gradient of rank r is (i + r) x (1 + 2).
             expected = (start.to(dtype).float() + 3 * sum(i + rank for rank in range(ranks))).to(dtype).float()
@@ -106,7 +98,7 @@ STACKED = (5, 3, 7), (4, 8, 16)
 """Numbers and shapes of parameters of two groups: a matrix is no multiple of the alignment, and is one."""
 
 
-def update_stacks(elements: int, early: bool) -> dict[str, object]:
+def update_stacks(elements: int) -> dict[str, object]:
     """As `update`, by the stacks, with a parameter of no group in between."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -120,8 +112,6 @@ def update_stacks(elements: int, early: bool) -> dict[str, object]:
     before = [param.detach().float().numpy() for param in params]
     flat = FlatParameters(params, dist.group.WORLD, is_shared=True, stacked=groups, bucket_elements=elements)
     flat.zero_grads()
-    if early:
-        flat.reduce_early()
     sum((param.float() * (number + dist.get_rank())).sum() for number, param in enumerate(params)).backward()
     flat.reduce_grads()
     for stacks in flat.stacks:
@@ -136,7 +126,7 @@ def update_stacks(elements: int, early: bool) -> dict[str, object]:
 
 
 def stack_cases() -> list[dict[str, object]]:
-    return [update_stacks(elements, early) for elements in (1 << 20, 200) for early in (False, True)]
+    return [update_stacks(elements) for elements in (1 << 20, 200)]
 
 
 def test_stacked_parameters_are_whole_with_one_rank() -> None:

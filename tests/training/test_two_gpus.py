@@ -26,7 +26,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(visible_gpus() < 2, reason="ne
 LAYOUTS = {
     "data": (),
     "data_unshared": ("parallel.distributed_optimizer=false",),
-    "data_overlapping": ("parallel.overlap_gradients=true",),
     "tensor": ("parallel.tensor_parallel=2",),
     "context": ("parallel.context_parallel=2",),
 }

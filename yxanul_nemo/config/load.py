@@ -23,7 +23,7 @@ REPO_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = REPO_DIR / "conf"
 OF_ONE_COMMAND = {"from_", "prompt"}
 """Fields that say nothing of a run."""
-RETIRED_KEYS = ("plan.scale_to",)
+RETIRED_KEYS = ("parallel.overlap_gradients", "plan.overlap", "plan.scale_to")
 """Keys of earlier versions that decided nothing about a model. A stored configuration may have them; they are left out."""
 TEXT_KEYS = ("prompt",)
 """Keys whose values are free text, which the command line takes as it is."""

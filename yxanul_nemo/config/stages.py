@@ -34,9 +34,6 @@ class PlanConfig(Section):
     """A hop inside a node: what NCCL's own tuning takes for NVLink (src/graph/tuning.cc: tree, protocol Simple)."""
     network_latency_microseconds: float = Field(default=14.0, ge=0)
     """A hop between nodes, from the same place."""
-    overlap: float = Field(default=0.0, ge=0, le=1)
-    """Share of the reduction of gradients that computing hides; 0: all of it comes after a step's last micro-batch, which is what training
-    does without `parallel.overlap_gradients`."""
 
 
 class BenchConfig(Section):

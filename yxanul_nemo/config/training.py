@@ -132,8 +132,6 @@ class ParallelConfig(Section):
     distributed_optimizer: bool | Literal["auto"] = "auto"
     """Each data-parallel rank keeps main parameters and moments of its part of the model only (ZeRO-1); `auto`: where there are several.
     Checkpoints are the same either way."""
-    overlap_gradients: bool = False
-    """Reduce gradients during the last micro-batch's backward pass and not after it."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Largest micro-batch per rank, in tokens; the windows of a step are spread over accumulated micro-batches of at most this size.
     `auto`: what fits into the GPU's memory, at most 65,536; 4,096 on a CPU. Either is halved where memory runs out."""

@@ -247,7 +247,6 @@ def _weight_gradient(dy: Matrix, x: Matrix, weight: Tensor) -> Tensor | None:
     if main_grad is None:
         return weight_gradient(dy, x, weight.dtype)
     weight_gradient(dy, x, main_grad.dtype, into=main_grad)
-    weight.has_main_grad()
     return None
 
 

@@ -1,10 +1,9 @@
 """Time of a step on several GPUs, on paper: measured compute of one GPU, stated speeds of links, and what training sends over them.
 
 A step of a data-parallel rank is its micro-batches one after another, then one reduction of all gradients in FP32, and, where ranks share
-out the optimizer (`parallel.distributed_optimizer`), an all-gather of the updated parameters. `plan.overlap` is the share of the reduction
-that computing hides (`parallel.overlap_gradients`). `benchmarks/two_gpus.py` prints what this says beside what it measures; the constants
-below and the defaults of `plan.link_efficiency` are from two H100 (2026-11-25, BENCHMARKS.md), and steps measured there are within
-4%; more than two GPUs have not been measured.
+out the optimizer (`parallel.distributed_optimizer`), an all-gather of the updated parameters. `benchmarks/two_gpus.py` prints what this
+says beside what it measures; the constants below and the defaults of `plan.link_efficiency` are from two H100 (2026-11-25,
+BENCHMARKS.md), and steps measured there are within 4%; more than two GPUs have not been measured.
 """
 
 from collections.abc import Callable
@@ -41,7 +40,6 @@ class StepTime:
 
     compute_seconds: float
     communication_seconds: float
-    """What computing does not hide."""
 
     @property
     def seconds(self) -> float:
@@ -70,7 +68,7 @@ class Simulator:
         compute = left * accumulation * micro_batch_tokens / self.speed(seq_len, micro_batch_tokens, accumulation)
         inside = accumulation * self._model_parallel_seconds(micro_batch_tokens)
         reduce, gather = self._data_parallel_seconds(gpus)
-        return StepTime(compute, inside + (1 - self.config.plan.overlap) * reduce + gather)
+        return StepTime(compute, inside + reduce + gather)
 
     def _data_parallel_seconds(self, gpus: int) -> tuple[float, float]:
         """(to reduce gradients, to gather parameters)."""

@@ -31,7 +31,6 @@ class CpuBackend:
         self.model, self.documents = model, documents
         self.guard = UpdateGuard(guards or GuardsConfig(), torch.device("cpu"))
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        self.overlaps = parallel.overlap_gradients
         self.optimizer = MainParamOptimizer(
             model,
             optim,
@@ -56,9 +55,7 @@ class CpuBackend:
         self.flat.zero_grads()
         loss_sum = torch.zeros((), dtype=torch.float64)
         scale = 1.0 / (ids_ABT.numel() * self.data_group.size())
-        for number, (ids_BT, labels_BT) in enumerate(zip(ids_ABT, labels_ABT, strict=True), start=1):
-            if self.overlaps and number == len(ids_ABT):
-                self.flat.reduce_early()
+        for ids_BT, labels_BT in zip(ids_ABT, labels_ABT, strict=True):
             loss_BT = self.model(ids_BT, labels_BT, self.documents)
             (loss_BT.sum() * scale).backward()
             loss_sum += loss_BT.detach().sum(dtype=torch.float64)

@@ -44,7 +44,6 @@ class CudaBackend:
         self.use_graph = config.parallel.cuda_graph
         self.data_group = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self.slices = WindowSlices(parallel_state.get_context_parallel_group())
-        self.overlaps = config.parallel.overlap_gradients and self.data_group.size() > 1
         self.optimizer = MainParamOptimizer(
             model,
             config.optim,
@@ -53,8 +52,8 @@ class CudaBackend:
             parallel_state.get_tensor_model_parallel_group(),
         )
         self.flat = self.optimizer.flat
-        self.graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-        """Forward and backward of a micro-batch; by whether gradients are reduced in it."""
+        self.graph: torch.cuda.CUDAGraph | None = None
+        """Forward and backward of a micro-batch."""
         self.update_graph: torch.cuda.CUDAGraph | None = None
         self.loss_sum = torch.zeros((), dtype=torch.float64, device="cuda")
         self.loss = torch.zeros((), dtype=torch.float64, device="cuda")
@@ -63,7 +62,7 @@ class CudaBackend:
     @property
     def uses_graph(self) -> bool:
         """Whether micro-batches are replays of a CUDA graph."""
-        return bool(self.graphs)
+        return self.graph is not None
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
         """Warm up on random tokens, so that lazily made state exists when a checkpoint is loaded.
@@ -96,7 +95,7 @@ class CudaBackend:
         logger.info("room for %d documents in a micro-batch, before for %d", self.room.size, self.documents.room)
         self.documents = replace(self.documents, room=self.room.size)
         # Its memory is needed for the next one.
-        self.graphs = {}
+        self.graph = None
         if self.use_graph:
             # cuDNN's plans for this size must exist before capture. The gradients are zeroed next; the scales are not to notice.
             with scaling_state_kept(self.model, self.precision):
@@ -107,17 +106,17 @@ class CudaBackend:
     ) -> StepResult:
         """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
         self._use_fp8(self.is_fp8 and not in_bf16)
-        if self.use_graph and not self.graphs:
-            self._capture_micro_batches(accumulates=len(ids_ABT) > 1)
+        if self.use_graph and self.graph is None:
+            self._capture_micro_batch()
         ids_ABT, labels_ABT = self.slices.take(ids_ABT), self.slices.take(labels_ABT)
         self.flat.zero_grads()
         self.loss_sum.zero_()
         tokens = ids_ABT.numel() * self.data_group.size()
         self.scale.fill_(1.0 / tokens)
-        for number, (ids_BT, labels_BT) in enumerate(zip(ids_ABT, labels_ABT, strict=True), start=1):
+        for ids_BT, labels_BT in zip(ids_ABT, labels_ABT, strict=True):
             self.ids_BT.copy_(ids_BT)
             self.labels_BT.copy_(labels_BT)
-            self._micro_batch(reduces=self.overlaps and number == len(ids_ABT))
+            self._micro_batch()
         self.loss.copy_(self.loss_sum / tokens)
         self.optimizer.set_rates(lr, grad_clip)
         norm, applied = self._update()
@@ -179,40 +178,36 @@ class CudaBackend:
     def close(self) -> None:
         """Give the graphs back: NCCL waits, when ranks part, for those that it is part of."""
         torch.cuda.synchronize()
-        for graph in (*self.graphs.values(), self.update_graph):
+        for graph in (self.graph, self.update_graph):
             if graph is not None:
                 graph.reset()
-        self.graphs, self.update_graph = {}, None
+        self.graph, self.update_graph = None, None
 
-    def _forward_backward(self, reduces: bool = False) -> None:
-        if reduces:
-            self.flat.reduce_early()
+    def _forward_backward(self) -> None:
         loss_BT = self.model(self.ids_BT, self.labels_BT, self.documents)
         (loss_BT.sum() * self.scale).backward()
         self.loss_sum += loss_BT.detach().sum(dtype=torch.float64)
-        if reduces:
-            self.flat.reduce_grads()
 
     def _use_fp8(self, wanted: bool) -> None:
         """Have layers compute in FP8 or not from here on. Their scales stay as they are meanwhile."""
         if wanted == bool(self.model.config.fp8) or not self.is_fp8:
             return
         self.model.config.fp8 = self.fp8_format if wanted else None
-        self.graphs = {}
+        self.graph = None
         if not wanted:
             # What BF16 products need must exist before capture; for FP8 `prepare` has seen to it. The gradients are zeroed next.
             self._forward_backward()
 
-    def _micro_batch(self, reduces: bool) -> None:
-        if reduces in self.graphs:
-            self.graphs[reduces].replay()
+    def _micro_batch(self) -> None:
+        if self.graph is not None:
+            self.graph.replay()
         else:
-            self._forward_backward(reduces)
+            self._forward_backward()
 
     def _update(self) -> tuple[Tensor, Tensor]:
         """All that comes after the last micro-batch; returns (norm before clipping, whether the update was applied)."""
         if self.use_graph and self.update_graph is None:
-            self.update_graph = self._captured(self._reduce_and_update, self._pool())
+            self.update_graph = self._captured(self._reduce_and_update)
         if self.update_graph is not None:
             self.update_graph.replay()
         else:
@@ -220,14 +215,13 @@ class CudaBackend:
         return self.update_results
 
     def _reduce_and_update(self) -> None:
-        if not self.overlaps:
-            self.flat.reduce_grads()
+        self.flat.reduce_grads()
         if self.data_group.size() > 1:
             dist.all_reduce(self.loss, group=self.data_group)
         self.update_results = self.optimizer.update(partial(self.guard.admits, self.loss))
 
-    def _capture_micro_batches(self, accumulates: bool) -> None:
-        """Record forward and backward of a micro-batch and, where gradients are reduced in the last one, of that.
+    def _capture_micro_batch(self) -> None:
+        """Record forward and backward of a micro-batch.
 
         It is done at the first step and not before: whoever empties the allocator's cache in between (Lightning does at the
         start of fit) must not meet memory that a graph refers to.
@@ -235,20 +229,15 @@ class CudaBackend:
         # What is made at its first use, such as ranks' links, cannot be recorded. An update whose loss is no number changes nothing, and
         # the gradients, left over from warming up, are zeroed next.
         self.loss.fill_(float("nan"))
-        if self.overlaps:
-            self.flat.reduce_grads()
         self._reduce_and_update()
-        for reduces in (False, True) if self.overlaps and accumulates else (self.overlaps,):
-            graph = self._captured(partial(self._forward_backward, reduces), self._pool())
-            if graph is not None:
-                self.graphs[reduces] = graph
+        self.graph = self._captured(self._forward_backward)
 
     def _pool(self) -> tuple[int, int] | None:
-        """Memory that graphs have in common: they never run at once, and what one leaves in it is copied before the next one runs."""
-        graphs = [graph for graph in (*self.graphs.values(), self.update_graph) if graph is not None]
+        """Memory that the graphs have in common: they never run at once, and what one leaves in it is copied before the next one runs."""
+        graphs = [graph for graph in (self.graph, self.update_graph) if graph is not None]
         return graphs[0].pool() if graphs else None
 
-    def _captured(self, work: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph | None:
+    def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """A graph of `work`; if that fails, None, and all that has no graph yet is done eagerly, with the reason in the log."""
         graph = torch.cuda.CUDAGraph()
         for state in get_all_rng_states().values():
@@ -258,7 +247,7 @@ class CudaBackend:
             # construction runs on one side stream (runtime.init_process_groups), which is also the one captured here.
             # Threads of NCCL, which look at events of theirs, do not disturb.
             stream = torch.cuda.current_stream()
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._pool(), stream=stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             logger.warning("no CUDA graph, training eagerly: %s", str(error).splitlines()[0])

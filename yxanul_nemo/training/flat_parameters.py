@@ -10,7 +10,6 @@ inside rows (megatron-core 0.19, param_and_grad_buffer): here CPUs and GPUs do t
 """
 
 import math
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,7 @@ from torch.nn import Parameter
 ALIGNMENT = 128
 """Elements that the place of each parameter is a multiple of: 256 bytes in BF16, which is what torch's allocator gives."""
 BUCKET_ELEMENTS = 32 << 20
-"""Parameters that are reduced together: 128 MiB of gradients, long enough for full speed, short enough to begin before backward ends."""
+"""Parameters that are reduced together: 128 MiB of gradients, long enough for full speed."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +89,10 @@ class FlatParameters:
         for bucket in self.buckets:
             bucket.grads.zero_()
 
-    def reduce_early(self) -> None:
-        """In the next backward pass, begin to reduce each bucket as soon as its gradients are there; `reduce_grads` then waits."""
-        for bucket in self.buckets:
-            bucket.await_all()
-
     def reduce_grads(self) -> None:
         """Sum the gradients over the group; where parameters are shared out, each rank then has those of its own parts only."""
         for bucket in self.buckets:
-            bucket.wait() if bucket.reduces_early else bucket.reduce(is_async=False)
+            bucket.reduce()
 
     def publish(self) -> None:
         """Round the main parameters into the model's, on all ranks."""
@@ -131,9 +125,6 @@ class _Bucket:
             self.mains = self.mains.float()
         self.grad_views = [self.grads[b : b + p.numel()].view_as(p) for p, b in zip(params, begins, strict=True)]
         self.parts = [part for p, b in zip(params, begins, strict=True) if (part := self._part(p, b)) is not None]
-        self.reduces_early = False
-        self._here = 0
-        self._work: dist.Work | None = None
 
     def _part(self, param: Parameter, begin: int) -> Part | None:
         first = max(begin, self.own.start)
@@ -162,53 +153,28 @@ class _Bucket:
     def add_up_gradients(self) -> None:
         """Have each gradient that a backward pass computes added to those in the bucket.
 
-        A backward pass may also add to a parameter's `main_grad` itself, as Megatron-core calls its place in the bucket, and then call its
-        `has_main_grad`.
+        A backward pass may also add to a parameter's `main_grad` itself, as Megatron-core calls its place in the bucket, and then give
+        autograd no gradient.
         """
-        # A hook is kept by its parameter where Python's collector does not look: what it refers to would never be freed.
-        reference = weakref.ref(self)
-
-        def note() -> None:
-            bucket = reference()
-            assert bucket is not None, "a backward pass of a model whose optimizer is gone"
-            if bucket.reduces_early:
-                bucket.has_one_more()
 
         def add(param: Parameter) -> None:
             # torch 2.11 also calls when a backward pass gave no gradient, having added it itself.
             if param.grad is not None:
                 param.main_grad.add_(param.grad)
                 param.grad = None
-                note()
 
         for param, grad in zip(self.params, self.grad_views, strict=True):
-            param.main_grad, param.has_main_grad = grad, note
+            param.main_grad = grad
             param.register_post_accumulate_grad_hook(add)
 
-    def await_all(self) -> None:
-        """A backward pass begins whose gradients are reduced as they come."""
-        self._here, self._work, self.reduces_early = 0, None, True
-
-    def has_one_more(self) -> None:
-        """Reduce beside the computation, once the last gradient is there."""
-        self._here += 1
-        if self._here == len(self.params):
-            self._work = self.reduce(is_async=True)
-
-    def wait(self) -> None:
-        """Have what is computed from here on wait for the reduction."""
-        assert self._here == len(self.params), "a backward pass has left out a parameter"
-        self.reduces_early = False
-        if self._work is not None:
-            self._work.wait()
-
-    def reduce(self, is_async: bool) -> dist.Work | None:
+    def reduce(self) -> None:
         """Sum over the ranks."""
         if self.group.size() == 1:
-            return None
+            return
         if self.is_shared:
-            return dist.reduce_scatter_tensor(self.grads[self.own], self.grads, group=self.group, async_op=is_async)
-        return dist.all_reduce(self.grads, group=self.group, async_op=is_async)
+            dist.reduce_scatter_tensor(self.grads[self.own], self.grads, group=self.group)
+        else:
+            dist.all_reduce(self.grads, group=self.group)
 
     def publish(self) -> None:
         """As `FlatParameters.publish`."""

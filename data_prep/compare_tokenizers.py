@@ -20,8 +20,7 @@ from data_prep.corpus.encode import is_heldout
 from data_prep.corpus.shards import ShardReader, resolve_shards
 from data_prep.prepare import training_texts
 from data_prep.tokenizers.superbpe import build_superbpe
-from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer
-from data_prep.tokenizers.tokenizer_libraries import read_json
+from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer, named_specials
 from yxanul_nemo.config.data import SourceConfig, TokenizerConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
@@ -230,8 +229,10 @@ def _first(texts: Iterable[str], max_bytes: int) -> list[str]:
 def open_tokenizer(path: Path) -> Tokenizer:
     """A tokenizer from a folder or .model file, or from the vocab.json and merges.txt of a SuperBPE folder."""
     if (path / "vocab.json").exists() and (path / "merges.txt").exists() and not (path / "tokenizer.json").exists():
-        described = read_json(path / "tokenizer_config.json", "the folder's special tokens")
-        return Tokenizer.wrap(build_superbpe(path), described["eos_token"], described.get("pad_token"), path)
+        named = named_specials(path)
+        if "eos_token" not in named:
+            raise UserError(path, "does not say which token ends a document", "eos_token in tokenizer_config.json")
+        return Tokenizer.wrap(build_superbpe(path), named["eos_token"], named.get("pad_token"), path)
     return Tokenizer.load(path)
 
 

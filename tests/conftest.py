@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.hostile import TRIED
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
@@ -43,6 +45,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many files that somebody else might have made were tried, and what came of them."""
+    if TRIED:
+        terminalreporter.section("hostile inputs")
+        for kind, outcomes in sorted(TRIED.items()):
+            told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+            terminalreporter.write_line(f"{kind}: {outcomes.total()} tried, {told}")
 
 
 @pytest.fixture

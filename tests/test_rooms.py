@@ -30,8 +30,8 @@ ROOMS = (
     "data_prep/corpus/",
     "data_prep/tokenizers/",
     "yxanul_nemo/machine/",
-    "yxanul_nemo/unpacking/",
     "yxanul_nemo/config/",
+    "yxanul_nemo/unpacking/",
     "yxanul_nemo/",
 )
 """From top to bottom."""

@@ -1,6 +1,7 @@
 """The one way in which the project tells a user that something they gave it cannot work."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -15,8 +16,8 @@ class UserError(ValueError):
     """
 
     def __init__(self, where: object, problem: str, expected: str = "", fix: str = ""):
-        self.where, self.problem, self.expected, self.fix = str(where), problem, expected, fix
-        parts = [f"{self.where}: {problem}"]
+        self.where, self.problem, self.expected, self.fix = str(where), _readable(problem), expected, fix
+        parts = [f"{self.where}: {self.problem}"]
         if expected:
             parts.append(f"expected {expected}")
         message = "; ".join(parts) + "."
@@ -25,6 +26,11 @@ class UserError(ValueError):
     def __reduce__(self) -> tuple:
         """Pickled with its parts and not with its message, so that it comes whole out of another process."""
         return UserError, (self.where, self.problem, self.expected, self.fix)
+
+
+def _readable(text: str) -> str:
+    """A text in which values of a thousand characters and more, as a file may have them, are cut short."""
+    return re.sub(r"\S{1000,}", lambda match: f"{match[0][:100]}... ({len(match[0]):,} characters)", text)
 
 
 def close_name(name: str, valid: Iterable[str]) -> str | None:

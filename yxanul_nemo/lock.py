@@ -1,6 +1,5 @@
 """One launcher at a time in a run's folder: a kernel lock that lives as long as any process of the run."""
 
-import errno
 import fcntl
 import json
 import os
@@ -16,14 +15,15 @@ from typing import Self
 
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.file_locks import NO_LOCKS, warn_of_no_locks
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.log import logger
 from yxanul_nemo.run_folder import RunFolder
+from yxanul_nemo.shared_files import open_shared
 
 MAX_OWNER_BYTES = 64 << 10
 MAX_SHOWN_CHARS = 200
 POLL_SECONDS = 0.1
-NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
-"""What `flock` says on a file system without locks, such as Lustre mounted without `-o flock`."""
 
 
 class RunLock:
@@ -57,7 +57,7 @@ class RunLock:
         with disk_errors(self.path.parent, "locking the run's folder"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
-                fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+                fd = open_shared(self.path)
                 try:
                     self._take(fd)
                     if self._is_current(fd):
@@ -94,9 +94,7 @@ class RunLock:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                logger.warning(
-                    "%s: no locks on this file system; take care that no second launcher uses the folder", self.path
-                )
+                warn_of_no_locks(self.path)
             return
 
     def _is_current(self, fd: int) -> bool:
@@ -169,7 +167,7 @@ class Owner:
     @classmethod
     def read(cls, fd: int) -> "Owner | None":
         try:
-            written = json.loads(os.pread(fd, MAX_OWNER_BYTES, 0))
+            written = parse_json(os.pread(fd, MAX_OWNER_BYTES, 0))
             ticks = written.get("start_ticks")
             command = textwrap.shorten(str(written["command"]), MAX_SHOWN_CHARS, placeholder=" ...")
             return cls(

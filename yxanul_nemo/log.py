@@ -1,5 +1,6 @@
 """What the project says: one logger, with short lines on the console and full ones in `<run.dir>/logs/`, and tables on standard output."""
 
+import io
 import logging
 import os
 import sys
@@ -7,6 +8,8 @@ import warnings
 from pathlib import Path
 
 from rich.console import Console
+
+from yxanul_nemo.shared_files import open_for_appending
 
 logger = logging.getLogger("yxanul")
 FILE_WIDTH = 150
@@ -22,6 +25,18 @@ NOISY_LOGGERS = (
 )
 
 
+class _LogFile(logging.StreamHandler):
+    """Appends to a file, as `logging.FileHandler` does, which would follow a symbolic link."""
+
+    def __init__(self, path: Path):
+        super().__init__(io.TextIOWrapper(open_for_appending(path), encoding="utf-8", write_through=True))
+
+    def close(self) -> None:
+        """Close the file, too."""
+        super().close()
+        self.stream.close()
+
+
 def configure_logging(log_file: Path | None = None, console: bool = True, level: int = logging.INFO) -> None:
     """Send the project's log to the console (standard error) and, if named, append it to `log_file`."""
     for handler in list(logger.handlers):
@@ -35,7 +50,7 @@ def configure_logging(log_file: Path | None = None, console: bool = True, level:
         logger.addHandler(handler)
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(log_file, encoding="utf-8")
+        handler = _LogFile(log_file)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(process)d %(message)s"))
         logger.addHandler(handler)
 

@@ -2,7 +2,6 @@
 
 import glob
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from itertools import chain, zip_longest
@@ -18,6 +17,7 @@ from yxanul_nemo.config.data import DEMO_SOURCES, SourceConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import atomic_file, write_json_atomic
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.log import logger
 
 SHARES = {"prose": 0.4, "reference": 0.4, "code": 0.2}
@@ -58,7 +58,7 @@ def _write_once(folder: Path, total_bytes: int) -> dict[str, SourceConfig]:
 def _read_record(path: Path) -> dict[str, Any] | None:
     """What a complete corpus was made with; None if there is none."""
     try:
-        record = json.loads(path.read_bytes())
+        record = parse_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValueError:

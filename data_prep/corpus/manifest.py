@@ -2,18 +2,29 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from data_prep.corpus.indexed import bin_path, idx_path
+from data_prep.corpus.indexed import bin_path, idx_path, token_dtype
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.files import fingerprint, sha256_file, write_text_atomic
+from yxanul_nemo.files import fingerprint, read_bounded, require_inside, sha256_file, write_text_atomic
 from yxanul_nemo.stored import Stored, first_problem
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-SPLIT_RULE = "held out if the first 8 bytes (big-endian) of BLAKE2b of the document are below heldout_fraction * 2**64"
+SPLIT_RULE = (
+    "held out if BLAKE2b of the document with a digest size of 8 bytes (another function than the first 8 bytes of a longer digest), "
+    "read as a big-endian number, is below heldout_fraction * 2**64; the document is its UTF-8 text, or its ids without the last "
+    "EOS as little-endian 64-bit integers"
+)
+MAX_MANIFEST_BYTES = 64 << 20
+MOST_IDS = 2**31
+"""Ids are stored as int32 at most."""
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+InsidePath = Annotated[str, AfterValidator(require_inside)]
+Count = Annotated[int, Field(ge=0)]
 
 Split = Literal["train", "heldout"]
 
@@ -21,27 +32,27 @@ Split = Literal["train", "heldout"]
 class ShardEntry(Stored):
     """One .bin/.idx pair: what one input shard gave to one split."""
 
-    prefix: str
+    prefix: InsidePath
     """Path without `.bin`/`.idx`, relative to the manifest's folder."""
     documents: int = Field(ge=1)
     tokens: int = Field(ge=1)
     """Token ids, the EOS of each document included."""
-    text_bytes: int = Field(ge=0)
+    text_bytes: Count
     """UTF-8 bytes of the documents' text (of the decoded ids where the input was ids)."""
-    bin_sha256: str
-    idx_sha256: str
+    bin_sha256: Sha256
+    idx_sha256: Sha256
 
 
 class InputEntry(Stored):
     """One parquet shard as it was read."""
 
-    file: str
-    bytes: int
-    sha256: str
-    rows: int
-    skipped_null: int
-    skipped_empty: int
-    skipped_not_utf8: int
+    file: InsidePath
+    bytes: Count
+    sha256: Sha256
+    rows: Count
+    skipped_null: Count
+    skipped_empty: Count
+    skipped_not_utf8: Count
 
     @property
     def skipped(self) -> Counter[str]:
@@ -84,13 +95,21 @@ class CorpusManifest(Stored):
 
     format_version: Literal[1] = FORMAT_VERSION
     tokenizer_fingerprint: str
-    vocab_size: int
-    eos_id: int
+    vocab_size: int = Field(ge=1, le=MOST_IDS)
+    eos_id: Count
     dtype: Literal["uint16", "int32"]
     """Type of the ids in the .bin files."""
     split_rule: str = SPLIT_RULE
-    heldout_fraction: float
-    sources: dict[str, SourceManifest]
+    heldout_fraction: float = Field(ge=0, le=1, allow_inf_nan=False)
+    sources: dict[str, SourceManifest] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _ids_fit(self) -> Self:
+        if self.eos_id >= self.vocab_size:
+            raise ValueError(f"eos_id is {self.eos_id}, but the vocabulary has {self.vocab_size} ids")
+        if self.dtype != token_dtype(self.vocab_size).name:
+            raise ValueError(f"dtype is {self.dtype}, but a vocabulary of {self.vocab_size} ids is stored otherwise")
+        return self
 
     @property
     def fingerprint(self) -> str:
@@ -137,15 +156,14 @@ class CorpusManifest(Stored):
 def load_manifest(data_dir: Path) -> CorpusManifest:
     """The manifest of a prepared corpus. Raises UserError if there is none or it cannot be understood."""
     path = data_dir / MANIFEST_NAME
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             path,
             "does not exist",
             "a prepared corpus",
             "Prepare it first: `python launcher.py stage=data` with the same recipe.",
-        ) from None
+        )
+    text = read_bounded(path, MAX_MANIFEST_BYTES, "the manifest of a prepared corpus")
     try:
         return CorpusManifest.model_validate_json(text)
     except ValidationError as error:

@@ -1,10 +1,9 @@
 """All shards of a corpus: what is done, what is missing, whether what is done still fits, and the manifest at the end."""
 
-import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data_prep.corpus.encode import SPLITS, Encoder, ShardOptions, ShardRecord, ShardTask, input_sha256, input_stat
@@ -16,6 +15,7 @@ from data_prep.corpus.shards import InputShard, NoShardsError, resolve_shards
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.disk_errors import disk_error, disk_errors
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.file_locks import only_process
 from yxanul_nemo.log import logger
 
 PROCESS_MIN_BYTES = 16 << 20
@@ -82,17 +82,13 @@ def _cores(workers: int) -> int:
 def _only_process(data_dir: Path) -> Iterator[None]:
     """Hold `data_dir`'s lock; the kernel drops it when the process ends, however it ends."""
     data_dir.mkdir(parents=True, exist_ok=True)
-    with open(data_dir / ".lock", "w") as handle:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stack.enter_context(only_process(data_dir / ".lock", wait=False))
         except BlockingIOError:
             raise UserError(
                 data_dir, "another process prepares this folder now", fix="Wait for it, or use another data.dir."
             ) from None
-        except OSError as error:
-            logger.warning(
-                "%s: the file system has no locks (%s); start only one process on it", data_dir, error.strerror
-            )
         yield
 
 

@@ -4,13 +4,45 @@ Left alone with a .model file, transformers guesses a converter and loses the mo
 The fields are those of sentencepiece_model.proto.
 """
 
+import math
+
+from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as proto
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
 
+from data_prep.tokenizers.charsmap import charsmap_growth
 from yxanul_nemo.errors import UserError
 
+MOST_PIECE_CHARS = 1024
 SPACE = "\u2581"
 """Sentencepiece's character for a space."""
+
+
+def check_sentencepiece(serialized: bytes, source: object) -> None:
+    """Refuse a model that would make sentencepiece read what is not there, or work for ever.
+
+    Raises:
+        UserError: names `source` and what is wrong.
+    """
+    try:
+        model = proto.ModelProto.FromString(serialized)
+        for spec in (model.normalizer_spec, model.denormalizer_spec):
+            if spec.precompiled_charsmap:
+                charsmap_growth(spec.precompiled_charsmap)
+        _require_pieces(model)
+    except (DecodeError, ValueError) as error:
+        raise UserError(source, f"not a sentencepiece model that can be read ({error})", "a .model file") from None
+
+
+def _require_pieces(model: proto.ModelProto) -> None:
+    unknown = [
+        number for number, piece in enumerate(model.pieces) if piece.type == proto.ModelProto.SentencePiece.UNKNOWN
+    ]
+    if len(unknown) != 1:
+        raise ValueError(f"{len(unknown)} pieces stand for what is unknown, and one is needed")
+    for number, piece in enumerate(model.pieces):
+        if not 0 < len(piece.piece) <= MOST_PIECE_CHARS or not math.isfinite(piece.score):
+            raise ValueError(f"piece {number} has {len(piece.piece)} characters and the score {piece.score}")
 
 
 def convert_sentencepiece(serialized: bytes, source: object) -> Tokenizer:
@@ -30,7 +62,9 @@ def convert_sentencepiece(serialized: bytes, source: object) -> Tokenizer:
 def _model(model: proto.ModelProto, source: object) -> models.Model:
     kinds = proto.TrainerSpec
     scores = {piece.piece: piece.score for piece in model.pieces}
-    unknown, fallback = model.trainer_spec.unk_id, model.trainer_spec.byte_fallback
+    # Not trainer_spec.unk_id: sentencepiece itself goes by the type.
+    unknown = next(number for number, piece in enumerate(model.pieces) if piece.type == piece.UNKNOWN)
+    fallback = model.trainer_spec.byte_fallback
     if model.trainer_spec.model_type == kinds.UNIGRAM:
         return models.Unigram(
             [(piece.piece, piece.score) for piece in model.pieces], unk_id=unknown, byte_fallback=fallback

@@ -12,8 +12,10 @@ import tokenizers
 from tokenizers import AddedToken
 
 from data_prep.tokenizers.superbpe_rules import UTF8_BYTES, assemble, byte_alphabet, superword_rules
-from data_prep.tokenizers.tokenizer_libraries import read_json
+from data_prep.tokenizers.tokenizer_checks import check_tokenizer_json
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.files import read_bounded
+from yxanul_nemo.json_files import MAX_TOKENIZER_BYTES, read_json, read_json_object
 
 
 def build_superbpe(folder: Path) -> tokenizers.Tokenizer:
@@ -47,13 +49,16 @@ def build_superbpe(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _read_tokenizer_json(path: Path) -> tuple[dict[str, int], list[tuple[int, list[str]]], list[AddedToken]]:
-    content = read_json(path)
+    content = read_json(path, max_bytes=MAX_TOKENIZER_BYTES)
+    if isinstance(content, dict):
+        # Its rules are left out: `superword_rules` come in their place.
+        check_tokenizer_json({key: content.get(key) for key in ("model", "added_tokens")}, path)
     try:
         model = content["model"]
         vocab = dict(model["vocab"])
         entries = sorted(content["added_tokens"], key=lambda entry: entry["id"])
         lines = [merge.split(" ") if isinstance(merge, str) else list(merge) for merge in model["merges"]]
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(path, f"is not the tokenizer.json of a BPE model ({error!r})", "a SuperBPE tokenizer") from None
     # Some writers list added tokens in the vocabulary, too.
     for entry in entries:
@@ -68,6 +73,7 @@ def _read_vocab(path: Path) -> dict[str, int]:
         path,
         "a folder with vocab.json, merges.txt and added_tokens.json",
         "Set tokenizer.path to a SuperBPE folder; for any other tokenizer.json use tokenizer.kind=huggingface.",
+        MAX_TOKENIZER_BYTES,
     )
 
 
@@ -94,9 +100,8 @@ def _check_vocab(path: Path, vocab: dict[str, int]) -> None:
 def _read_merges(path: Path) -> list[tuple[int, list[str]]]:
     """The numbered lines of merges.txt, each cut at its space."""
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
-        raise UserError(path, "no such file", "one merge in a line, beside vocab.json") from None
+        raw = read_bounded(path, MAX_TOKENIZER_BYTES, "one merge in a line, beside vocab.json")
+        lines = raw.decode().replace("\r\n", "\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(path, f"not valid UTF-8 ({error})", "", "Copy or download the file again.") from None
     is_header = lines[0].startswith("#version")
@@ -131,17 +136,28 @@ def _read_added(folder: Path, first_id: int) -> list[AddedToken]:
     """The added tokens by id. Where tokenizer_config.json says nothing about one, it is special and matched as it stands."""
     path = folder / "added_tokens.json"
     numbers = read_json(path, "the ids of the special tokens, beside vocab.json")
-    if not isinstance(numbers, dict) or sorted(numbers.values()) != list(range(first_id, first_id + len(numbers))):
+    if (
+        not isinstance(numbers, dict)
+        or not all(type(number) is int for number in numbers.values())
+        or sorted(numbers.values()) != list(range(first_id, first_id + len(numbers)))
+    ):
         raise UserError(
             path, "ids do not follow those of vocab.json", f"token -> id, with ids from {first_id} on, each once"
         )
     described = {}
     if (folder / "tokenizer_config.json").exists():
-        config = read_json(folder / "tokenizer_config.json")
-        described = {entry["content"]: entry for entry in config.get("added_tokens_decoder", {}).values()}
+        entries = read_json_object(folder / "tokenizer_config.json").get("added_tokens_decoder", {})
+        try:
+            described = {str(entry["content"]): dict(entry) for entry in entries.values()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                folder / "tokenizer_config.json",
+                f"describes added tokens in another way ({error!r})",
+                "id -> content and flags",
+            ) from None
     return [_added(content, described.get(content, {})) for content in sorted(numbers, key=numbers.__getitem__)]
 
 
 def _added(content: str, entry: dict[str, bool]) -> AddedToken:
-    flags = {name: entry.get(name, False) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-    return AddedToken(content, special=entry.get("special", True), **flags)
+    flags = {name: entry.get(name, False) is True for name in ("single_word", "lstrip", "rstrip", "normalized")}
+    return AddedToken(content, special=entry.get("special", True) is not False, **flags)

@@ -1,10 +1,8 @@
 """One interface to a run's tokenizer, whatever made it, and the building of it into the run's folder, once."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -21,11 +19,12 @@ from data_prep.tokenizers.tokenizer_libraries import (
     Library,
     TokenizersLibrary,
     open_library,
-    read_json_object,
 )
 from yxanul_nemo.config.data import TokenizerConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.file_locks import only_process
 from yxanul_nemo.files import fingerprint, fsync_dir, sha256_file, write_json_atomic
+from yxanul_nemo.json_files import read_json_object
 from yxanul_nemo.log import logger
 
 RECORD_FILE = "fingerprint.json"
@@ -80,7 +79,7 @@ class Tokenizer:
         UserError if the tokenizer cannot be read, or has no end-of-document token.
         """
         path = Path(path)
-        named = _named_specials(path)
+        named = named_specials(path)
         eos_token = eos_token or named.get("eos_token")
         library = open_library(path, _recorded_library(path / RECORD_FILE))
         if eos_token is None:
@@ -205,7 +204,7 @@ def _recorded_library(record: Path) -> str | None:
     return named
 
 
-def _named_specials(path: Path) -> dict[str, str]:
+def named_specials(path: Path) -> dict[str, str]:
     """eos_token and pad_token as the files beside a tokenizer name them; the map wins over the config."""
     named: dict[str, str] = {}
     if path.is_dir():
@@ -235,7 +234,7 @@ def build_tokenizer(config: TokenizerConfig, folder: Path, texts: Callable[[], I
     if (folder / RECORD_FILE).exists():
         # It is complete as soon as it has its name, so that reading it needs no lock and no right to write.
         return _reuse(config, folder)
-    with _one_builder(folder):
+    with only_process(folder.with_name(f".{folder.name}.lock"), wait=True):
         if folder.exists() and any(folder.iterdir()):
             return _reuse(config, folder)
         logger.info("building tokenizer '%s' (%s) in %s", config.name, config.kind, folder)
@@ -254,7 +253,11 @@ def save_new(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], sourc
         source: SHA-256 of the files it was made from, by name.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    if temporary.is_symlink():
+        temporary.unlink()
+    elif temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir()
     tokenizer.save(temporary)
     write_json_atomic(temporary / RECORD_FILE, tokenizer.record() | {"settings": settings, "source": source})
     for file in temporary.iterdir():
@@ -263,13 +266,6 @@ def save_new(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], sourc
     fsync_dir(temporary)
     temporary.rename(folder)
     fsync_dir(folder.parent)
-
-
-@contextmanager
-def _one_builder(folder: Path) -> Iterator[None]:
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _settings(config: TokenizerConfig) -> dict[str, Any]:

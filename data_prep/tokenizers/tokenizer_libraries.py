@@ -1,6 +1,8 @@
 """The two libraries that can stand behind `data_prep.tokenizers.tokenizer.Tokenizer`, each behind the same few methods."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,15 +12,19 @@ import sentencepiece
 import tokenizers
 
 from data_prep.tokenizers.long_text import SPAN_CHARS, LongTextEncoder
-from data_prep.tokenizers.sentencepiece_json import convert_sentencepiece
+from data_prep.tokenizers.sentencepiece_json import check_sentencepiece, convert_sentencepiece
 from data_prep.tokenizers.superword_encoder import SuperwordEncoder
+from data_prep.tokenizers.tokenizer_checks import check_tokenizer_json
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.files import read_bounded
+from yxanul_nemo.json_files import MAX_TOKENIZER_BYTES, parse_json
 from yxanul_nemo.log import logger
 
 MODEL_FILE = "tokenizer.model"
 """Name of a sentencepiece model in a saved folder."""
 
 
+COPY_AGAIN = "Make or copy it again."
 BULK_CHARS = 8_000_000
 """Text after which the second or two of preparation for faster encoding pay."""
 
@@ -30,26 +36,6 @@ PROBES = (
     "<|endoftext|> </s> <s> <pad> [MASK] 1234567890 don't",
 )
 """Text that a normalizing tokenizer changes in one way or another."""
-
-
-def read_json(path: Path, expected: str = "", fix: str = "") -> Any:
-    """The value in a JSON file; UserError, with `expected` and `fix`, if there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(path, "no such file", expected, fix) from None
-    except OSError as error:
-        raise UserError(path, f"cannot be read ({error.strerror})", expected, fix) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(path, f"not valid JSON ({error})", expected, "Make, copy or download the file again.") from None
-
-
-def read_json_object(path: Path, expected: str = "", fix: str = "") -> dict[str, Any]:
-    """`read_json` of a file that must hold an object."""
-    value = read_json(path, expected, fix)
-    if not isinstance(value, dict):
-        raise UserError(path, f"holds a JSON {type(value).__name__}", expected or "a JSON object", fix)
-    return value
 
 
 class Library(Protocol):
@@ -73,6 +59,20 @@ class Library(Protocol):
 
     def write(self, folder: Path) -> None:
         """Write the library's own files into an existing folder."""
+
+
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """Turn what a library says to a file into a `UserError`; a panic of Rust, which is no `Exception`, too."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        first_line = str(error).strip().partition("\n")[0][:200]
+        raise UserError(path, f"not a tokenizer that can be read ({first_line})", "", COPY_AGAIN) from None
 
 
 class TokenizersLibrary:
@@ -101,13 +101,20 @@ class TokenizersLibrary:
     @classmethod
     def load(cls, path: Path) -> "TokenizersLibrary":
         """Read a tokenizer.json; UserError if it cannot be read."""
+        raw = read_bounded(path, MAX_TOKENIZER_BYTES, "a tokenizer.json")
         try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises bare Exception for anything wrong in the file
-            raise UserError(
-                path, f"not a tokenizer.json that can be read ({error})", "", "Make or copy it again."
-            ) from None
-        return cls(tokenizer, path)
+            described = parse_json(raw.decode())
+        except ValueError as error:
+            raise UserError(path, f"not a tokenizer.json that can be read ({error})", "", COPY_AGAIN) from None
+        check_tokenizer_json(described, path)
+        with _library_errors(path):
+            # The bytes that were checked, and not the file, which may be another by now.
+            tokenizer = tokenizers.Tokenizer.from_buffer(raw)
+            made = cls(tokenizer, path)
+            for text in PROBES:
+                # One by one: a batch would start the library's threads, after which this process must not fork.
+                tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids)
+        return made
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         if self._encoded_chars <= BULK_CHARS:
@@ -181,10 +188,10 @@ class SentencePieceLibrary:
         """Read a .model file; UserError if it cannot be read."""
         self._source = path
         self._processor = sentencepiece.SentencePieceProcessor()
-        try:
-            self._processor.LoadFromSerializedProto(path.read_bytes())
-        except (OSError, RuntimeError) as error:
-            raise UserError(path, f"not a sentencepiece model that can be read ({error})", "a .model file") from None
+        raw = read_bounded(path, MAX_TOKENIZER_BYTES, "a sentencepiece .model file")
+        check_sentencepiece(raw, path)
+        with _library_errors(path):
+            self._processor.LoadFromSerializedProto(raw)
         self.vocab_size = self._processor.vocab_size()
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:

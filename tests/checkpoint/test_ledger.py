@@ -166,7 +166,7 @@ def test_refuses_garbage(tmp_path, raw):
 
 
 def test_names_a_missing_file(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         Ledger.read(tmp_path / "ledger.json")
 
 

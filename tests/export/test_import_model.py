@@ -149,7 +149,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_left(
     strange = repack(good, tmp_path / "b.nemo", change_config(lambda c: c.update({"_target_": "os.system"})))
     folder = tmp_path / "hf"
     folder.mkdir()
-    (folder / "config.json").write_text('{"model_type": "llama", "vocab_size": 700, "tie_word_embeddings": false}')
+    untied = json.loads((exported[0].run.dir / "export" / "hf" / "config.json").read_text()) | {
+        "tie_word_embeddings": False
+    }
+    (folder / "config.json").write_text(json.dumps(untied))
     for name in ("tokenizer.json", "special_tokens_map.json"):
         (folder / name).write_bytes((exported[0].run.dir / "export" / "hf" / name).read_bytes())
     for source, message in (

@@ -143,7 +143,15 @@ WRONG_WEIGHTS: dict[str, tuple[Callable[[dict], object], str]] = {
         r"has 'decoder\.layers\.1\.mlp\.linear_fc2\.weight' as \[64, 32\] instead of \[32, 64\]",
     ),
     "integers": (lambda w: w.update({FC2: w[FC2].int()}), r"has 'gpt\.decoder.*' as torch\.int32"),
-    "sparse": (lambda w: w.update({FC2: w[FC2].to_sparse()}), r"has 'gpt\.decoder.*' as .*sparse"),
+    "sparse": (lambda w: w.update({FC2: w[FC2].to_sparse()}), r"it names torch\._utils\._rebuild_sparse_tensor"),
+    "NaN": (
+        lambda w: w[FC2].view(-1)[3:5].fill_(torch.nan),
+        r"has 2 of 2,048 values of 'decoder\.layers\.1\.mlp\.linear_fc2\.weight'",
+    ),
+    "infinite": (
+        lambda w: w[FC2].view(-1)[0:1].fill_(-torch.inf),
+        r"has 1 of 2,048 values of .*that are NaN or infinite",
+    ),
     "no tensor": (lambda w: w.update({FC2: [1.0]}), r"holds a list as 'gpt\.decoder"),
 }
 
@@ -193,9 +201,10 @@ WRONG_CONFIGS: dict[str, tuple[Callable[[dict], object], str]] = {
     "unknown key": (lambda c: c.update({"train_ds": {"a": 1}}), "train_ds: Extra inputs are not permitted"),
     "unknown shape key": (lambda c: c["gpt"].update({"biases": True}), r"gpt\.biases: Extra inputs"),
     "impossible shape": (lambda c: c["gpt"].update({"kv_groups": 3}), "not a multiple of kv_groups=3"),
-    "enormous shape": (lambda c: c["gpt"].update({"hidden_size": 2**20}), r"too few for the [\d,]{9,} parameters"),
+    "enormous shape": (lambda c: c["gpt"].update({"hidden_size": 2**17}), r"has [\d,]+ bytes; expected [\d,]{9,} to"),
     "no shape": (lambda c: c.pop("gpt"), "gpt: Field required"),
     "no tokenizer": (lambda c: c["tokenizer"].pop("tokenizer_json"), "neither tokenizer_json nor sentencepiece_model"),
+    "too many layers": (lambda c: c["gpt"].update({"num_layers": 10**9}), r"gpt\.num_layers: Input should be less"),
     "another's fingerprint": (set_tokenizer("fingerprint", "0" * 64), "expected 0000000000000000, which the model"),
     "a file of this machine": (set_tokenizer("tokenizer_json", "/etc/passwd"), "tokenizer_json is '/etc/passwd'"),
     "a path out of the archive": (set_tokenizer("tokenizer_json", "nemo:../../etc/x_tokenizer.json"), "tokenizer_json is 'nemo:"),

@@ -144,7 +144,7 @@ def test_reads_what_omegaconf_writes(tmp_path):
 
 
 def test_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match="No such file"):
+    with pytest.raises(UserError, match="no such file"):
         read_config(tmp_path / "model_config.yaml")
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from yxanul_nemo.errors import UserError, nearest
-from yxanul_nemo.files import write_text_atomic
+from yxanul_nemo.files import read_bounded, write_text_atomic
 from yxanul_nemo.stored import Stored, first_problem
 
 MAX_LEDGER_BYTES = 16 << 20
@@ -205,13 +205,7 @@ class Ledger(Stored):
             UserError: it is missing, no ledger, of another format version, or its sums do not fit.
         """
         expected, fix = "a ledger of format version 1", "Use another checkpoint."
-        try:
-            with open(path, "rb") as handle:
-                raw = handle.read(MAX_LEDGER_BYTES + 1)
-        except OSError as error:
-            raise UserError(path, f"cannot be read ({error.strerror})", expected, fix) from None
-        if len(raw) > MAX_LEDGER_BYTES:
-            raise UserError(path, f"is larger than {MAX_LEDGER_BYTES} bytes", expected, fix)
+        raw = read_bounded(path, MAX_LEDGER_BYTES, expected, fix)
         try:
             return cls.model_validate_json(raw)
         except ValidationError as error:

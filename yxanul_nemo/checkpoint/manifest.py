@@ -8,13 +8,14 @@ import os
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.files import fingerprint, fsync_dir, sha256_file, write_text_atomic
+from yxanul_nemo.files import fingerprint, fsync_dir, require_inside, sha256_file, write_text_atomic
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.stored import Stored, first_problem
 
 MANIFEST_NAME = "manifest.json"
@@ -42,9 +43,9 @@ class CorruptCheckpoint(UserError):
 
 
 def _canonical_path(path: str) -> str:
-    parts = PurePosixPath(path).parts
-    if not parts or path.startswith("/") or ".." in parts or str(PurePosixPath(path)) != path or not path.isprintable():
-        raise ValueError(f"{path!r} is not a plain path inside the checkpoint")
+    require_inside(path)
+    if not path.isprintable():
+        raise ValueError(f"{path!r} has characters that cannot be shown")
     if path == MANIFEST_NAME:
         raise ValueError(f"{path!r} cannot list itself")
     return path
@@ -107,7 +108,7 @@ def read_manifest(directory: Path) -> Manifest:
         raise CorruptCheckpoint(directory, MANIFEST_NAME, f"is larger than {MAX_MANIFEST_BYTES} bytes")
     try:
         text = raw.decode()
-        fields: Any = json.loads(text)
+        fields: Any = parse_json(text)
         if not isinstance(fields, dict):
             raise CorruptCheckpoint(directory, MANIFEST_NAME, "is not a JSON object")
         fields.pop("sha256", None)

@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from pydantic import Field, TypeAdapter
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from yxanul_nemo.checkpoint.snapshot import HEADER_KEY, HostSnapshot
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.sharding import block_shape, sharded_tensors
+from yxanul_nemo.safetensors_files import open_safetensors
 from yxanul_nemo.stored import Stored
 
 DISPENSABLE = ("fp8.attention.", "guard.", "rng.")
@@ -66,7 +67,7 @@ class ShardReader:
         self._open: dict[Path, Any] = {}
         for file in sorted(folder.glob("rank_*.safetensors")):
             try:
-                handle = safe_open(file, framework="pt")
+                handle = open_safetensors(file)
                 header = _HEADER.validate_json((handle.metadata() or {})[HEADER_KEY])
                 for name, place in header.items():
                     shape = tuple(handle.get_slice(name).get_shape())
@@ -86,6 +87,11 @@ class ShardReader:
     def keys(self) -> set[str]:
         """Names of the global tensors."""
         return set(self.pieces)
+
+    def values(self, prefix: str) -> int:
+        """Numbers that the files hold of the tensors whose names begin with `prefix`."""
+        found = (piece for key, pieces in self.pieces.items() if key.startswith(prefix) for piece in pieces)
+        return sum(math.prod(piece.shape) for piece in found)
 
     @torch.no_grad()
     def load_into(self, state: Any) -> None:
@@ -127,7 +133,10 @@ class ShardReader:
                 theirs.append(slice(begin - have_from, end - have_from))
                 count *= max(0, end - begin)
             if count:
-                target[tuple(ours)].copy_(self._data(piece, tuple(theirs), whole=count == math.prod(piece.shape)))
+                data = self._data(piece, tuple(theirs), whole=count == math.prod(piece.shape))
+                if data.is_floating_point() != target.is_floating_point():
+                    raise UserError(piece.file, f"has '{piece.name}' as {data.dtype}", f"{target.dtype}")
+                target[tuple(ours)].copy_(data)
                 covered += count
         if covered != target.numel():
             raise UserError(

@@ -11,7 +11,6 @@ Layout of the folder::
 One process writes at a time (see `yxanul_nemo.lock`). Order is by tokens; the clock decides nothing.
 """
 
-import json
 import math
 import os
 import re
@@ -37,6 +36,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fsync_dir, write_json_atomic, write_text_atomic
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.log import logger
 
 TEMPORARY_PREFIX = ".tmp-"
@@ -371,7 +371,7 @@ class CheckpointStore:
         """The content of `best` if it names a committed checkpoint that is still the one it was set for."""
         path = self.root / BEST_NAME
         try:
-            pointer = json.loads(path.read_bytes())
+            pointer = parse_json(path.read_bytes())
             well_formed = (
                 isinstance(pointer["checkpoint"], str)
                 and _CHECKPOINT_NAME.fullmatch(pointer["checkpoint"]) is not None

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.private_values import require_no_secret, require_no_secrets_in
 
 TIME = re.compile(r"[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}|UNLIMITED")
 JOB = re.compile(r"data|phase-[0-9]{2}|validate|export")
@@ -101,7 +102,7 @@ class ClusterConfig(Section):
     modules: list[Line] = Field(default_factory=list)
     """Loaded with `module load` at the start of each job."""
     environment: dict[str, Line] = Field(default_factory=dict)
-    """Variables set in each job."""
+    """Variables set in each job, beside those of the shell that submits it. They lie in files: keys and passwords are refused."""
     setup: list[Line] = Field(default_factory=list)
     """Lines of shell that each job's script runs first."""
     sbatch: list[Option] = Field(default_factory=list)
@@ -120,6 +121,10 @@ class ClusterConfig(Section):
         for name in self.environment:
             if not NAME.fullmatch(name):
                 raise ValueError(f"environment.{name}: not a name of a variable")
+            require_no_secret(f"environment.{name}", self.environment[name])
+        for key in ("setup", "sbatch", "srun"):
+            for line in getattr(self, key):
+                require_no_secrets_in(key, line)
         for mount in self.container.mounts:
             if len(mount.split(":")) not in (2, 3):
                 raise ValueError(f"container.mounts: got '{mount}'; expected SOURCE:TARGET or SOURCE:TARGET:FLAGS")

@@ -18,11 +18,14 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.suggest import suggest_key
 from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.stored import first_problem
+from yxanul_nemo.unpacking.safe_config import read_plain
 
 REPO_DIR = Path(__file__).resolve().parents[2]
 CONF_DIR = REPO_DIR / "conf"
 OF_ONE_COMMAND = {"from_", "prompt"}
 """Fields that say nothing of a run."""
+FILE_WIDTH = 120
+"""Longest line of a configuration's file, where its values allow it."""
 RETIRED_KEYS = ("parallel.overlap_gradients", "plan.overlap", "plan.scale_to")
 """Keys of earlier versions that decided nothing about a model. A stored configuration may have them; they are left out."""
 TEXT_KEYS = ("prompt",)
@@ -96,26 +99,33 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
 
 
 def load_run_config(path: Path) -> RunConfig:
-    """Read the resolved `config.yaml` that the launcher keeps in a run's folder."""
+    """Read the resolved `config.yaml` that the launcher keeps in a run's folder, which somebody else may have made.
+
+    `${...}` in it stays as it stands: the values of this process's environment are none of the file's business.
+
+    Raises:
+        UserError: it is absent, no plain YAML, or `parse` refuses it.
+    """
     if not path.is_file():
         raise UserError(
             path, "not found", "the config.yaml of a run", "Give the folder of a run that the launcher made."
         )
     try:
-        loaded = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
-        raise UserError(path, f"cannot be read ({_first_line(error)})", "YAML") from None
-    if not isinstance(loaded, DictConfig):
-        raise UserError(path, "is not a mapping", "the config.yaml of a run")
-    for section, _, key in (retired.partition(".") for retired in RETIRED_KEYS):
-        if isinstance(loaded.get(section), DictConfig):
-            loaded[section].pop(key, None)
-    return parse(loaded)
+        loaded = read_plain(path)
+        for section, _, key in (retired.partition(".") for retired in RETIRED_KEYS):
+            if isinstance(loaded.get(section), dict):
+                loaded[section].pop(key, None)
+        return parse(loaded)
+    except UserError as error:
+        if error.where == str(path):
+            raise
+        raise UserError(f"{path} ({error.where})", error.problem, error.expected, error.fix) from None
 
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_run_config` reads back to an equal one."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json", exclude=OF_ONE_COMMAND)))
+    plain = config.model_dump(mode="json", exclude=OF_ONE_COMMAND)
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=FILE_WIDTH)
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

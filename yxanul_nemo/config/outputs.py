@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.private_values import require_no_password_in_url
 
 
 class CheckpointConfig(Section):
@@ -111,7 +112,13 @@ class LoggingConfig(Section):
     """Project that a Weights & Biases run belongs to."""
     mlflow: bool | str = False
     """Also send records to MLflow (needs `uv sync --extra mlflow`): the address of a tracking server, or true for
-    MLFLOW_TRACKING_URI or else files in `run.dir/trackers/mlflow`."""
+    MLFLOW_TRACKING_URI or else files in `run.dir/trackers/mlflow`. A name and password go into MLFLOW_TRACKING_USERNAME and
+    MLFLOW_TRACKING_PASSWORD."""
+
+    @model_validator(mode="after")
+    def _address_alone(self) -> "LoggingConfig":
+        require_no_password_in_url("mlflow", str(self.mlflow))
+        return self
 
 
 class ExportConfig(Section):

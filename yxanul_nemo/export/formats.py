@@ -13,6 +13,7 @@ from torch import Tensor
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.export.fold import factorized_config, llama_config, to_llama
+from yxanul_nemo.files import allow_as_umask
 from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.model.nemo_archive import WEIGHT_PREFIX
@@ -35,7 +36,7 @@ def write_hf(
     path = folder / "model.safetensors"
     save_file({name: weight.to(dtype) for name, weight in weights.items()}, path, metadata={"format": "pt"})
     # safetensors makes its files readable by their owner alone.
-    path.chmod(0o644)
+    allow_as_umask(path)
     dtype_name = str(dtype).removeprefix("torch.")
     pad_id = None if tokenizer.pad_token is None else tokenizer.pad_id
     config = llama_config(shape, vocab_size, tokenizer.eos_id, pad_id, dtype_name)

@@ -14,9 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.tokenizer_libraries import read_json
+from yxanul_nemo.errors import UserError
+from yxanul_nemo.export.gguf_checks import require_gguf
 from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.llama import build_llama
+from yxanul_nemo.export.llama_shape import LlamaShape
+from yxanul_nemo.files import allow_as_umask
+from yxanul_nemo.json_files import MAX_TOKENIZER_BYTES, read_json
+from yxanul_nemo.model.whole_weights import require_shapes
 
 NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -34,6 +39,7 @@ LAYER_NAMES = {
     "post_attention_layernorm": "ffn_norm",
 }
 """A Llama's name -> GGUF's, inside a layer."""
+MADE_BY = "a GGUF file by stage=export"
 
 
 def write_gguf(
@@ -91,16 +97,43 @@ def write_gguf(
         writer.write_tensors_to_file()
     finally:
         writer.close()
-    path.chmod(0o644)
+    allow_as_umask(path)
 
 
 def load_gguf(path: Path) -> PreTrainedModel:
-    """The model of a file by `write_gguf`, read with gguf's own reader, as transformers' Llama in FP32 on the CPU."""
+    """The model of a file by `write_gguf`, read with gguf's own reader, as transformers' Llama in FP32 on the CPU.
+
+    Raises:
+        UserError: it is damaged, or of another model than a Llama's plain matrices.
+    """
     import gguf
 
-    reader = gguf.GGUFReader(path)
-    told = {key: field.contents() for key, field in reader.fields.items()}
-    config = {
+    require_gguf(path)
+    try:
+        reader = gguf.GGUFReader(path)
+        told = {key: field.contents() for key, field in reader.fields.items()}
+        config = _config(told)
+    except (KeyError, ValueError, TypeError, IndexError) as error:
+        raise UserError(path, f"cannot be read ({type(error).__name__}: {error})", MADE_BY) from None
+    shape = LlamaShape.of(config, path)
+    names = {_gguf_name(theirs): theirs for theirs in shape.weights()}
+    heads = {"self_attn.q_proj.weight": shape.num_attention_heads, "self_attn.k_proj.weight": shape.key_value_heads}
+    sizes = {names.get(tensor.name, tensor.name): tuple(tensor.shape[::-1].tolist()) for tensor in reader.tensors}
+    require_shapes(sizes, shape.weights(), path)
+    weights = {}
+    for tensor in reader.tensors:
+        theirs = names[tensor.name]
+        # ggml lists sizes from the innermost on.
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist())
+        weights[theirs] = torch.from_numpy(np.array(values, dtype=np.float32))
+        if (count := heads.get(theirs.rpartition(".layers.")[2].partition(".")[2])) is not None:
+            weights[theirs] = _halves(weights[theirs], count)
+    return build_llama(weights, config, path)
+
+
+def _config(told: Mapping[str, Any]) -> dict[str, Any]:
+    """A Llama's config.json from a file's pairs."""
+    return {
         "model_type": "llama",
         "vocab_size": len(told["tokenizer.ggml.tokens"]),
         "max_position_embeddings": told["llama.context_length"],
@@ -113,28 +146,13 @@ def load_gguf(path: Path) -> PreTrainedModel:
         "rope_parameters": {"rope_type": "default", "rope_theta": told["llama.rope.freq_base"]},
         "rms_norm_eps": told["llama.attention.layer_norm_rms_epsilon"],
         "tie_word_embeddings": True,
-        "bos_token_id": told["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": told["tokenizer.ggml.eos_token_id"],
     }
-    names = {_gguf_name(theirs): theirs for theirs in NAMES}
-    for i in range(config["num_hidden_layers"]):
-        names |= {_gguf_name(theirs): theirs for theirs in (f"model.layers.{i}.{part}.weight" for part in LAYER_NAMES)}
-    heads = _heads(config)
-    weights = {}
-    for tensor in reader.tensors:
-        theirs = names[tensor.name]
-        # ggml lists sizes from the innermost on.
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(tensor.shape[::-1].tolist())
-        weights[theirs] = torch.from_numpy(np.array(values, dtype=np.float32))
-        if (count := heads.get(theirs.rpartition(".layers.")[2].partition(".")[2])) is not None:
-            weights[theirs] = _halves(weights[theirs], count)
-    return build_llama(weights, config, path)
 
 
 def _add_tokenizer(writer: Any, tokenizer: Tokenizer, folder: Path, pre: str) -> None:
     import gguf
 
-    described = read_json(folder / "tokenizer.json")
+    described = read_json(folder / "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES)
     by_id = {number: (text, gguf.TokenType.NORMAL) for text, number in described["model"]["vocab"].items()}
     for entry in described["added_tokens"]:
         kind = gguf.TokenType.CONTROL if entry["special"] else gguf.TokenType.USER_DEFINED

@@ -10,8 +10,8 @@ from tokenizers import pre_tokenizers
 
 from data_prep.tokenizers.superbpe_rules import superword_rules
 from data_prep.tokenizers.tokenizer import Tokenizer
-from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.json_files import MAX_TOKENIZER_BYTES, read_json
 
 
 def require_expressible(tokenizer: Tokenizer, folder: Path) -> str:
@@ -28,7 +28,7 @@ def require_expressible(tokenizer: Tokenizer, folder: Path) -> str:
         raise UserError(where, "has gguf, but its package is not installed", fix="Run `uv sync --extra gguf`.")
     if tokenizer.library == "sentencepiece":
         raise UserError(where, "has gguf, and the tokenizer is of sentencepiece", "a byte-level BPE", "Leave gguf out.")
-    described = read_json(folder / "tokenizer.json")
+    described = read_json(folder / "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES)
     rules = {
         "superbpe": superword_rules(),
         "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),

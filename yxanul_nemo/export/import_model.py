@@ -90,10 +90,10 @@ def _read_nemo(path: Path, model: ModelConfig) -> tuple[Tokenizer, dict[str, Ten
 def _read_hf(path: Path, model: ModelConfig) -> tuple[Tokenizer, dict[str, Tensor]]:
     folder = open_hf_folder(path)
     tokenizer = folder.tokenizer()
-    if tokenizer.vocab_size != folder.config["vocab_size"]:
+    if tokenizer.vocab_size != folder.shape.vocab_size:
         raise UserError(
             path / CONFIG_NAME,
-            f"vocab_size is {folder.config['vocab_size']:,}",
+            f"vocab_size is {folder.shape.vocab_size:,}",
             f"{tokenizer.vocab_size:,}, the tokenizer's",
         )
     _require_shape(model, _described(folder, model), path / CONFIG_NAME)
@@ -102,30 +102,29 @@ def _read_hf(path: Path, model: ModelConfig) -> tuple[Tokenizer, dict[str, Tenso
 
 def _described(folder: HfFolder, model: ModelConfig) -> dict[str, Any]:
     """The folder's values for SHAPE_KEYS; UserError where it has parts that this architecture lacks."""
-    config, where = folder.config, folder.path / CONFIG_NAME
-    heads = config.get("num_attention_heads")
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    shape, where = folder.shape, folder.path / CONFIG_NAME
     fixed = {
-        "hidden_act": (config.get("hidden_act", "silu"), "silu"),
-        "attention_bias": (config.get("attention_bias", False), False),
-        "mlp_bias": (config.get("mlp_bias", False), False),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
+        "hidden_act": (shape.hidden_act, "silu"),
+        "attention_bias": (shape.attention_bias, False),
+        "mlp_bias": (shape.mlp_bias, False),
+        "rope_type": (shape.rope.rope_type, "default"),
     }
-    if config["model_type"] == "llama":
-        fixed["tie_word_embeddings"] = (config.get("tie_word_embeddings", False), True)
+    if shape.model_type == "llama":
+        fixed["tie_word_embeddings"] = (shape.tie_word_embeddings, True)
     for key, (value, needed) in fixed.items():
         if value != needed:
             raise UserError(
                 where, f"{key} is {value!r}", repr(needed), "Only models of this project's architecture fit."
             )
-    described = {ours: config.get(theirs) for ours, theirs in LLAMA_NAMES.items()}
-    described["kv_groups"] = config.get("num_key_value_heads") or heads
-    if described["head_dim"] is None and isinstance(heads, int) and heads:
-        described["head_dim"] = config.get("hidden_size", 0) // heads
-    described["rope_base"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    described = {ours: getattr(shape, theirs) for ours, theirs in LLAMA_NAMES.items()}
     # A standard Llama does not say of which rank its table is; `from_llama` finds out.
-    described["embedding_rank"] = config.get("embedding_rank", model.embedding_rank)
-    return described
+    rank = model.embedding_rank if shape.embedding_rank is None else shape.embedding_rank
+    return described | {
+        "kv_groups": shape.key_value_heads,
+        "head_dim": shape.head_width,
+        "rope_base": shape.rope.rope_theta,
+        "embedding_rank": rank,
+    }
 
 
 def _require_shape(model: ModelConfig, described: Mapping[str, Any], where: object) -> None:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from yxanul_nemo.errors import UserError
+from yxanul_nemo.export.llama_shape import LlamaShape
 from yxanul_nemo.export.modeling_yxanul import YxanulConfig, YxanulForCausalLM
 from yxanul_nemo.model.whole_weights import require_weights
 
@@ -20,24 +19,19 @@ def build_llama(weights: Mapping[str, Tensor], config: Mapping[str, Any], where:
     """A Llama of weights and configuration in a Llama's names (`fold.to_llama`, `fold.llama_config`), in FP32 on the CPU.
 
     Args:
-        config: its `model_type` is llama or, for the factorized embedding, yxanul.
+        config: its `model_type` is llama or, for the factorized embedding, yxanul; only the keys of `LlamaShape` count.
         where: how to name the weights in messages.
 
     Raises:
-        UserError: names a weight that is missing, unknown or misshapen.
+        UserError: names a key that does not fit, or a weight that is missing, unknown, misshapen or no finite number.
     """
-    factorized = config["model_type"] == "yxanul"
+    shape = LlamaShape.of(config, where)
+    # Before anything is built: the numbers in a configuration cost nothing to write.
+    require_weights(weights, shape.weights(), where)
+    factorized = shape.model_type == "yxanul"
     model_class, config_class = (YxanulForCausalLM, YxanulConfig) if factorized else (LlamaForCausalLM, LlamaConfig)
     with quiet_transformers():
-        try:
-            described = config_class.from_dict(dict(config))
-            with torch.device("meta"):
-                shapes = {name: tuple(param.shape) for name, param in model_class(described).named_parameters()}
-        except (StrictDataclassError, ValueError, TypeError, AssertionError, RuntimeError) as error:
-            # What transformers and torch say to numbers that fit no model.
-            reason = " ".join(str(error).split())
-            raise UserError(where, f"its configuration is refused by transformers ({reason})", "a Llama's") from None
-        require_weights(weights, shapes, where)
+        described = config_class(**shape.config())
         model = model_class.from_pretrained(None, config=described, state_dict=dict(weights), dtype=torch.float32)
     return model.eval()
 

@@ -1,12 +1,12 @@
 """What was exported from which checkpoint, so that a repeated command knows. Light, for the launcher."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.json_files import parse_json
 
 
 def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
@@ -22,7 +22,7 @@ def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
             return False
     folder = config.run.folder.export
     try:
-        record = json.loads(config.run.folder.export_record.read_text(encoding="utf-8"))
+        record = parse_json(config.run.folder.export_record.read_text(encoding="utf-8"))
         return (
             record["checkpoint_digest"] == wanted.manifest.digest
             and record["settings"] == _settings(config)

@@ -17,6 +17,7 @@ from yxanul_nemo.launch.interrupts import StopSignals
 from yxanul_nemo.launch.slurm.step import srun_command
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.machine.gpus import process_count, threads_per_process, visible_gpus, world_size
+from yxanul_nemo.shared_files import open_for_appending
 
 WORKER = "yxanul_nemo.launch.worker"
 PR_SET_PDEATHSIG = 1
@@ -76,7 +77,10 @@ class Workers:
                 self.start_ahead()
         try:
             self.log_path(task).parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log_path(task), "ab") as log_file, TaskDisplay(self._config, task, self._signals) as display:
+            with (
+                open_for_appending(self.log_path(task)) as log_file,
+                TaskDisplay(self._config, task, self._signals) as display,
+            ):
                 ends = self._follow(process, log_file, display, ranks)
         except BaseException:
             _end(process)

@@ -1,7 +1,6 @@
 """`environment.json`: where and with what a run was made. Light: nothing here imports torch."""
 
 import importlib.metadata
-import json
 import os
 import platform
 import shlex
@@ -14,6 +13,7 @@ from typing import Any
 
 from yxanul_nemo.config.load import REPO_DIR
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.json_files import parse_json
 
 PACKAGES = (
     "torch", "megatron-core", "nemo_toolkit", "transformer-engine", "lightning", "hydra-core",
@@ -24,7 +24,7 @@ PACKAGES = (
 def write_environment(path: Path) -> None:
     """Write `environment.json` for this command; what the file said of the run's commands before goes on under `earlier`."""
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = parse_json(path.read_text(encoding="utf-8"))
         earlier = [*before.pop("earlier", []), before]
     except (FileNotFoundError, ValueError, AttributeError, TypeError):
         # Absent, or changed by hand to something else.

@@ -6,7 +6,6 @@ Such files are shared, so this one may be hostile: nothing in it is executed, no
 import re
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,14 +17,15 @@ from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer
-from data_prep.tokenizers.tokenizer_libraries import read_json
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.json_files import MAX_TOKENIZER_BYTES, read_json
 from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.model.whole_weights import require_weights, weight_shapes
 from yxanul_nemo.stored import Stored, first_problem
-from yxanul_nemo.unpacking.safe_config import read_config
+from yxanul_nemo.unpacking.safe_config import MAX_CONFIG_BYTES, read_config
+from yxanul_nemo.unpacking.safe_pickle import pickled_problems
 from yxanul_nemo.unpacking.safe_tar import safe_extract
 
 TARGET = "yxanul_nemo.model.nemo_model.YxanulModel"
@@ -39,6 +39,8 @@ TOKENIZER_FILES = {
 }
 """Key in the configuration -> name in a tokenizer's folder."""
 ALLOWED_MEMBERS = (CONFIG_MEMBER, WEIGHTS_MEMBER, *(f"*_{name}" for name in TOKENIZER_FILES.values()))
+OVERHEAD_BYTES, TENSOR_OVERHEAD_BYTES = 1 << 20, 4096
+"""Most that torch.save writes beside the numbers, in all and for each tensor."""
 ARTIFACT = "nemo:"
 """NeMo writes `nemo:<32 hex digits>_<name>` where the configuration names a file of the archive."""
 MADE_BY = "a .nemo file written by stage=export"
@@ -66,7 +68,7 @@ class NemoConfig(Stored):
     """`model_config.yaml`."""
 
     gpt: ModelConfig
-    vocab_size: int = Field(ge=1)
+    vocab_size: int = Field(ge=1, le=2**24)
     """Ids of the tokenizer; the embedding has more rows (`gpt.vocab_pad_multiple`)."""
     tokenizer: TokenizerPart
     target: str = TARGET
@@ -101,7 +103,7 @@ def load_tokenizer(part: TokenizerPart, files: Mapping[str, Path], where: object
             for key, source in files.items():
                 place = folder / TOKENIZER_FILES[key]
                 shutil.copyfile(source, place)
-                if place.suffix == ".json" and not isinstance(read_json(place), dict):
+                if place.suffix == ".json" and not isinstance(read_json(place, max_bytes=MAX_TOKENIZER_BYTES), dict):
                     raise UserError(place, "is no JSON object")
             tokenizer = Tokenizer.load(folder)
         except UserError as error:
@@ -157,22 +159,40 @@ def open_archive(path: Path) -> Iterator[NemoArchive]:
         raise UserError(path, "does not exist", "a .nemo file")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "nemo"
-        members = safe_extract(path, folder, ALLOWED_MEMBERS)
+        members = safe_extract(
+            path,
+            folder,
+            ALLOWED_MEMBERS,
+            check_member=lambda name, size, before: _check_member(path, name, size, before),
+        )
         for name in (CONFIG_MEMBER, WEIGHTS_MEMBER):
             if name not in members:
                 raise UserError(path, f"holds no {name}", MADE_BY)
-        config = parse_config(read_config(folder / CONFIG_MEMBER, allowed_targets=(TARGET,)), path)
+        config = _read_config(path, folder)
         _require_members(path, config, set(members))
-        weights_bytes = (folder / WEIGHTS_MEMBER).stat().st_size
-        parameters = parameter_count(config.gpt, config.gpt.padded_vocab_size(config.vocab_size))
-        if weights_bytes < parameters:
-            # Before a model of that size is built: the numbers in a configuration cost nothing to write.
-            raise UserError(
-                f"{path} ({WEIGHTS_MEMBER})",
-                f"has {weights_bytes:,} bytes, too few for the {parameters:,} parameters that {CONFIG_MEMBER} describes",
-                MADE_BY,
-            )
         yield NemoArchive(path, folder, config)
+
+
+def _read_config(path: Path, folder: Path) -> NemoConfig:
+    return parse_config(read_config(folder / CONFIG_MEMBER, allowed_targets=(TARGET,)), path)
+
+
+def _check_member(path: Path, name: str, size_bytes: int, folder: Path) -> None:
+    """Refuse a member of a size that it cannot have, before it fills the disk; `folder` holds the members before it."""
+    least, most = 0, MAX_TOKENIZER_BYTES
+    if name == CONFIG_MEMBER:
+        most = MAX_CONFIG_BYTES
+    elif name == WEIGHTS_MEMBER:
+        if not (folder / CONFIG_MEMBER).is_file():
+            raise UserError(path, f"holds no {CONFIG_MEMBER} before its {WEIGHTS_MEMBER}", MADE_BY)
+        config = _read_config(path, folder)
+        least = parameter_count(config.gpt, config.gpt.padded_vocab_size(config.vocab_size))
+        # In FP64, and what torch.save writes beside the numbers.
+        most = 8 * least + OVERHEAD_BYTES + TENSOR_OVERHEAD_BYTES * len(weight_shapes(config.gpt, config.vocab_size))
+    if not least <= size_bytes <= most:
+        raise UserError(
+            f"{path} ({name})", f"has {size_bytes:,} bytes", f"{least:,} to {most:,}, going by {CONFIG_MEMBER}"
+        )
 
 
 def unprefixed(weights: Mapping[str, Tensor], where: object) -> dict[str, Tensor]:
@@ -194,11 +214,9 @@ def read_weights(path: Path, where: object) -> dict[str, Tensor]:
     """
     expected, fix = "a file of tensors written by torch.save", "Do not use this file; get it from its maker."
     try:
-        with zipfile.ZipFile(path) as archive:
-            packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-        # torch.save stores without compression; a reader that unpacks could be made to fill the memory.
-        if packed:
-            raise UserError(where, f"has the compressed part '{packed[0]}'", expected, fix)
+        problem = next(pickled_problems(path), None)
+        if problem is not None:
+            raise UserError(where, f"cannot be read as tensors: it {problem}", expected, fix)
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
@@ -211,7 +229,7 @@ def read_weights(path: Path, where: object) -> dict[str, Tensor]:
         raise UserError(where, f"holds a {type(loaded).__name__}", expected, fix)
     for name, value in loaded.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UserError(where, f"holds a {type(value).__name__} as {name!r}", expected, fix)
+            raise UserError(where, f"holds a {type(value).__name__} as {repr(name)[:200]}", expected, fix)
         if not value.is_floating_point() or value.layout != torch.strided or value.device.type != "cpu":
             raise UserError(where, f"has '{name}' as {value.dtype}, {value.layout}, {value.device}", expected, fix)
     return loaded

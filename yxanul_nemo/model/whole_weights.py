@@ -1,6 +1,6 @@
 """The weights of a whole model by name, as exports hold them, and the way from them into any layout of ranks."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,17 +36,46 @@ def weight_shapes(model: ModelConfig, vocab_size: int) -> dict[str, tuple[int, .
 
 
 def require_weights(weights: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
-    """Refuse weights that are not exactly those of `shapes`; UserError names what is missing, unknown or misshapen."""
-    problems = [f"lacks '{name}'" for name in shapes if name not in weights]
-    problems += [f"has the unknown '{name}'" for name in weights if name not in shapes]
+    """Refuse weights that are not exactly those of `shapes`, or are no finite numbers.
+
+    Raises:
+        UserError: names what is missing, unknown, misshapen, of another type, or how many values of it are NaN or infinite.
+    """
+    require_shapes({name: tuple(weight.shape) for name, weight in weights.items()}, shapes, where)
+    require_finite(weights, where)
+
+
+def require_finite(weights: Mapping[str, Tensor], where: object) -> None:
+    """Refuse weights of another type, NaN or infinite; UserError names each with the number of such values."""
+    _raise_first([*_not_finite(weights)], where, "finite floating-point numbers")
+
+
+def require_shapes(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], where: object) -> None:
+    """`require_weights` for what the header of a file says, before its weights are read."""
+    problems = [f"lacks '{name}'" for name in shapes if name not in found]
+    problems += [f"has the unknown '{name}'" for name in found if name not in shapes]
     problems += [
-        f"has '{name}' as {list(weights[name].shape)} instead of {list(shape)}"
+        f"has '{name}' as {list(found[name])} instead of {list(shape)}"
         for name, shape in shapes.items()
-        if name in weights and tuple(weights[name].shape) != shape
+        if name in found and found[name] != shape
     ]
+    _raise_first(problems, where, "the weights of the configured model")
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> Iterator[str]:
+    for name, weight in weights.items():
+        if not weight.is_floating_point():
+            yield f"has '{name}' as {weight.dtype}"
+        # One pass without memory of its own; NaN comes through.
+        elif weight.numel() and not torch.isfinite(torch.stack(torch.aminmax(weight.detach()))).all():
+            wrong = weight.numel() - int(torch.isfinite(weight).sum())
+            yield f"has {wrong:,} of {weight.numel():,} values of '{name}' that are NaN or infinite"
+
+
+def _raise_first(problems: Sequence[str], where: object, expected: str) -> None:
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise UserError(where, "; ".join(problems[:3]) + more, "the weights of the configured model")
+        raise UserError(where, "; ".join(problems[:3]) + more, expected)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """What a run in a folder has done so far, phase by phase: from the ledger of its newest checkpoint and from `metrics.jsonl`."""
 
-import json
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.curriculum.phases import Phase
+from yxanul_nemo.json_files import parse_json
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _records_by_phase(path: Path) -> dict[int, list[tuple[int, float, float | No
         return records
     for line in lines:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             values = (int(record["tokens_total"]), float(record["tokens_per_second"]), record["loss_nats_per_token"])
             number = int(record["phase"])
         except (ValueError, KeyError, TypeError):

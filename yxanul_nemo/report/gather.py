@@ -1,6 +1,5 @@
 """Everything that a run's folder says about the run, read without changing it; a run under way or crashed says less."""
 
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import Phase, plan_phases, total_tokens
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.plan.plan import Plan, make_plan
 from yxanul_nemo.plan.progress import PhaseDone, phases_done
 from yxanul_nemo.run_folder import RunFolder
@@ -138,9 +138,9 @@ def _records(path: Path) -> dict[str, np.ndarray]:
         lines = []
     for line in lines:
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             row["tokens_total"], row["phase"] = int(row["tokens_total"]), int(row["phase"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             # A line that is being written just now, or was when the machine went down.
             continue
         # Validations inside phases stand there too.
@@ -160,7 +160,7 @@ def _validations(folder: RunFolder, phases: list[Phase]) -> dict[int, dict[str, 
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return None
     return value if isinstance(value, dict) else None

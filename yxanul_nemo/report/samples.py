@@ -1,6 +1,5 @@
 """What the model of each phase's end writes: made once from its checkpoint, and kept beside the report."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.stages import ReportConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.log import logger, quiet_libraries
 from yxanul_nemo.run_folder import RunFolder
 
@@ -93,6 +93,6 @@ def _make(checkpoint: Checkpoint, prompts: list[str], settings: ReportConfig) ->
 
 def _read(path: Path) -> list[Sample]:
     try:
-        return [Sample(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        return [Sample(**entry) for entry in parse_json(path.read_text(encoding="utf-8"))]
     except (FileNotFoundError, ValueError, TypeError):
         return []

@@ -13,7 +13,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.files import write_text_atomic
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.log import logger as log
+from yxanul_nemo.shared_files import open_for_appending
 
 METRICS_NAME = "metrics.jsonl"
 
@@ -79,8 +81,8 @@ class JsonlLogger(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Append a record."""
         finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        with disk_errors(self.path, "writing metrics"), open(self.path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"tokens_total": step, **finite}) + "\n")
+        with disk_errors(self.path, "writing metrics"), open_for_appending(self.path) as handle:
+            handle.write((json.dumps({"tokens_total": step, **finite}) + "\n").encode())
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
@@ -89,7 +91,7 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def _drop_after(self, tokens: int) -> None:
         with disk_errors(self.path, "reading metrics"):
-            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+            text = self.path.read_text(encoding="utf-8", errors="replace") if self.path.is_file() else ""
         lines = text.splitlines(keepends=True)
         kept = [line for line in lines if self._is_record_until(line, tokens)]
         if len(kept) < len(lines):
@@ -101,6 +103,6 @@ class JsonlLogger(Logger):
     def _is_record_until(line: str, tokens: int) -> bool:
         """False also for what a crash has left of a line."""
         try:
-            return line.endswith("\n") and json.loads(line)["tokens_total"] <= tokens
+            return line.endswith("\n") and parse_json(line)["tokens_total"] <= tokens
         except (ValueError, KeyError, TypeError):
             return False

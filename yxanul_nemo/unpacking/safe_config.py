@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import yaml
 
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.files import read_bounded
 
 MAX_CONFIG_BYTES = 256 << 10
 MAX_NODES = 20_000
@@ -26,18 +27,23 @@ TARGET_KEY = "target"
 
 
 def read_config(path: Path, allowed_targets: Collection[str] = ()) -> dict[str, Any]:
-    """Read a YAML mapping of plain values and pass it through `check_config`.
+    """Read a YAML mapping of plain values, which another reader may look through after this one, and `check_config` it.
 
     Raises:
-        UserError: it is too large, no YAML mapping, uses tags, anchors or duplicate keys, or `check_config` refuses it.
+        UserError: `read_plain` or `check_config` refuses it.
     """
-    try:
-        with open(path, "rb") as handle:
-            raw = handle.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise UserError(path, f"cannot be read ({error.strerror})", "a YAML file") from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        _refuse(path, f"has more than {MAX_CONFIG_BYTES} bytes")
+    config = read_plain(path)
+    check_config(config, allowed_targets, path)
+    return config
+
+
+def read_plain(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; `${...}` in it is text, which nothing looks up.
+
+    Raises:
+        UserError: it is too large, no YAML mapping, or uses tags, anchors or duplicate keys.
+    """
+    raw = read_bounded(path, MAX_CONFIG_BYTES, "a YAML file")
     try:
         _require_plain(yaml.parse(raw, Loader=yaml.SafeLoader), path)
         config = yaml.load(raw, Loader=_UniqueKeyLoader)  # noqa: S506 (it is a SafeLoader)
@@ -46,7 +52,8 @@ def read_config(path: Path, allowed_targets: Collection[str] = ()) -> dict[str, 
             raise
         first_line = str(error).partition("\n")[0]
         _refuse(path, f"cannot be read as YAML ({first_line})")
-    check_config(config, allowed_targets, path)
+    if not isinstance(config, dict):
+        _refuse(path, "is not a plain mapping")
     return config
 
 

@@ -14,7 +14,7 @@ import tarfile
 import tempfile
 import unicodedata
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -35,8 +35,17 @@ PAX_KEYS = frozenset({"path", "size", "mtime", "atime", "ctime", "uid", "gid", "
 """Extension records that describe a plain file. Others change what a member is (linkpath, GNU.sparse.*, hdrcharset)."""
 
 
+CheckMember = Callable[[str, int, Path], None]
+"""Called with a member's path and size in bytes and the folder of those unpacked before it; refuses it by raising."""
+
+
 def safe_extract(
-    archive: Path, target: Path, allowed: Sequence[str], max_total_bytes: int = 16 << 30, max_members: int = 256
+    archive: Path,
+    target: Path,
+    allowed: Sequence[str],
+    max_total_bytes: int = 16 << 30,
+    max_members: int = 256,
+    check_member: CheckMember | None = None,
 ) -> list[str]:
     """Unpack `archive` into the new folder `target`, whole or not at all.
 
@@ -46,6 +55,7 @@ def safe_extract(
         allowed: names of members, with shell wildcards that stay within one path component, as in `*.model`.
         max_total_bytes: largest sum of the unpacked files.
         max_members: most headers, folders and extension headers included.
+        check_member: what else must hold for a member before any of it is unpacked.
 
     Returns:
         Names of the unpacked files, as paths relative to `target`, in the archive's order.
@@ -60,7 +70,7 @@ def safe_extract(
     with _opened(archive) as handle, disk_errors(target, f"unpacking {archive.name}"):
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
         try:
-            unpacker = _Unpacker(archive, staging, tuple(allowed), max_total_bytes, max_members)
+            unpacker = _Unpacker(archive, staging, tuple(allowed), max_total_bytes, max_members, check_member)
             max_overhead_bytes = MAX_PADDING_BYTES + (max_members + 2) * (MAX_PAX_BYTES + 3 * BLOCK_BYTES)
             unpacker.run(_Stream(archive, handle, max_total_bytes + max_overhead_bytes))
             staging.chmod(0o755)
@@ -152,6 +162,7 @@ class _Unpacker:
     allowed: tuple[str, ...]
     max_total_bytes: int
     max_members: int
+    check_member: CheckMember | None
     files: list[str] = field(default_factory=list)
     _total_bytes: int = 0
     _kinds: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -250,6 +261,8 @@ class _Unpacker:
         self._total_bytes += size_bytes
         if self._total_bytes > self.max_total_bytes:
             _refuse(self.archive, f"unpacks to {self._total_bytes} bytes or more, {self.max_total_bytes} are allowed")
+        if self.check_member is not None:
+            self.check_member(path, size_bytes, self.staging)
         place = self.staging / path
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as handle:

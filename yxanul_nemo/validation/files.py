@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from data_prep.corpus.manifest import CorpusManifest
 from yxanul_nemo.config.outputs import DomainConfig, ValidationConfig
 from yxanul_nemo.errors import UserError, nearest
+from yxanul_nemo.json_files import parse_json
 
 WHERE_TO_GET = "C4's validation split is allenai/c4 on the Hugging Face hub, GSM8K is openai/gsm8k, HumanEval is openai/openai_humaneval."
 
@@ -107,7 +108,7 @@ def _rows(path: Path, columns: list[str], where: str) -> Iterator[dict[str, Any]
         else:
             with open(path, encoding="utf-8") as lines:
                 for number, line in enumerate(lines, start=1):
-                    row = json.loads(line)
+                    row = parse_json(line)
                     if not isinstance(row, dict):
                         raise UserError(path, f"line {number} is no JSON object", "one JSON object per line")
                     for column in columns:

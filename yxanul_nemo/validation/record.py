@@ -1,7 +1,6 @@
 """Results of validation: which belong to a checkpoint and to the settings now in force, and what follows from them for the blend and for
 an early stop. Light, for the launcher."""
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from yxanul_nemo.checkpoint.store import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.run_folder import RunFolder
 
 
@@ -52,7 +52,7 @@ def find_result(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any] | N
     wanted = {"checkpoint_digest": checkpoint.manifest.digest, "settings_fingerprint": settings_fingerprint(config)}
     for path in sorted(config.run.folder.validation.glob("*.json")):
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
+            result = parse_json(path.read_text(encoding="utf-8"))
         except ValueError:
             continue
         if isinstance(result, dict) and wanted.items() <= result.items():
@@ -78,7 +78,7 @@ def ratios_after(run_dir: Path, number: int, tokens: int) -> dict[str, float]:
     path = phase_result_path(run_dir, number)
     fix = f"Run `python launcher.py stage=train phases={number}`, which validates again, or set curriculum.adapt_blend=false."
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = parse_json(path.read_text(encoding="utf-8"))
         if result["tokens_total"] != tokens:
             raise UserError(path, f"is of {result['tokens_total']:,} tokens", f"{tokens:,}, where the run stands", fix)
         ratios = {name: float(ratio) for name, ratio in result["surprise_ratio_bits_per_byte"].items()}
@@ -121,7 +121,7 @@ def early_stop_tokens(config: RunConfig) -> int | None:
         return None
     for tokens, path in in_phase_results(config.run.dir):
         try:
-            value = metric_of(json.loads(path.read_text(encoding="utf-8")), config.validation.best_metric)
+            value = metric_of(parse_json(path.read_text(encoding="utf-8")), config.validation.best_metric)
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             # Not written by us, or of domains that are no longer configured.
             continue

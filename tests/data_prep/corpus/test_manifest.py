@@ -66,7 +66,7 @@ def with_source(**changes):
     "other",
     [
         manifest(tokenizer_fingerprint="u" * 64),
-        manifest(dtype="int32"),
+        manifest(dtype="int32", vocab_size=70_000),
         manifest(sources={"text": manifest().sources["web"]}),
         with_source(train=[entry(), entry("web/train/b", bin_sha256="d" * 64)]),
         with_source(train=[entry(), entry("web/train/b", idx_sha256="d" * 64)]),
@@ -104,13 +104,38 @@ def test_absent_manifest_names_the_command(tmp_path):
         (lambda value: value.update(extra=1), "extra"),
         (lambda value: value["sources"]["web"]["train"][0].update(tokens=-5), r"sources\.web\.train\.0\.tokens"),
         (lambda value: value["sources"]["web"].update(train=None), r"sources\.web\.train"),
+        (lambda value: value.update(vocab_size=-1), "vocab_size"),
+        (lambda value: value.update(vocab_size=2**40), "vocab_size"),
+        (lambda value: value.update(eos_id=-1), "eos_id"),
+        (lambda value: value.update(eos_id=300), "(file: )?eos_id is 300"),
+        (lambda value: value.update(dtype="int32"), "(file: )?dtype is int32"),
+        (lambda value: value.update(heldout_fraction=-0.5), "heldout_fraction"),
+        (lambda value: value.update(heldout_fraction=float("nan")), "heldout_fraction"),
+        (lambda value: value.update(heldout_fraction=float("inf")), "heldout_fraction"),
+        (lambda value: value.update(sources={}), "sources"),
+        (lambda value: value["sources"]["web"]["inputs"][0].update(rows=-1), r"sources\.web\.inputs\.0\.rows"),
+        (
+            lambda value: value["sources"]["web"]["inputs"][0].update(file="../a.parquet"),
+            r"sources\.web\.inputs\.0\.file",
+        ),
     ],
 )
 def test_a_wrong_field_is_named(tmp_path, change, named):
     value = json.loads(manifest().model_dump_json())
     change(value)
     (tmp_path / "manifest.json").write_text(json.dumps(value))
-    with pytest.raises(UserError, match=rf"manifest\.json: cannot be understood \({named}: "):
+    with pytest.raises(UserError, match=rf"manifest\.json: cannot be understood \({named}"):
+        load_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["../other/a", "/etc/passwd", "web/../../a", "./web/a", "web//a", "web/a/", "", ".", "web/a\0b"]
+)
+def test_a_manifest_names_only_files_below_its_folder(tmp_path, prefix):
+    value = json.loads(manifest().model_dump_json())
+    value["sources"]["web"]["heldout"][0]["prefix"] = prefix
+    (tmp_path / "manifest.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"sources\.web\.heldout\.0\.prefix: .* is not a plain path below"):
         load_manifest(tmp_path)
 
 

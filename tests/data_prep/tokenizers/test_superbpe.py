@@ -7,13 +7,14 @@ from pydoc_data.topics import topics
 import pyarrow.parquet as pq
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, pre_tokenizers
 
 from data_prep.tokenizers.superbpe import build_superbpe
 from data_prep.tokenizers.superbpe_rules import byte_alphabet, superword_rules, word_rules
 from data_prep.tokenizers.superbpe_training import train_superbpe
+from tests.hostile import attempt, changed
 from yxanul_nemo.errors import UserError
 
 SHARED = Path(__file__).resolve().parents[4] / "shared"
@@ -142,6 +143,31 @@ def test_damaged_files_are_named(folder, damage):
     with pytest.raises(UserError) as caught:
         build_superbpe(folder)
     assert str(caught.value).startswith(f"{folder}/{message}")
+
+
+@given(data=st.data(), name=st.sampled_from(["added_tokens.json", "tokenizer_config.json", "tokenizer.json"]))
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+def test_changed_files_are_read_or_refused(trained, folder, data, name):
+    tokens = [
+        {"id": trained.token_to_id(token), "content": token, "special": True}
+        for token in ("<|endoftext|>", "<|padding|>")
+    ]
+    whole = json.loads(trained.to_str())
+    valid = {
+        "added_tokens.json": {token["content"]: token["id"] for token in tokens},
+        "tokenizer_config.json": {"added_tokens_decoder": {str(token["id"]): token for token in tokens}},
+        "tokenizer.json": whole | {"model": {"type": "BPE"}},
+    }
+    made = data.draw(changed(valid[name]))
+    box = folder
+    if name == "tokenizer.json":
+        box = folder / "hub"
+        box.mkdir(exist_ok=True)
+        if isinstance(made, dict) and isinstance(made.get("model"), dict):
+            made["model"] = whole["model"] | made["model"]
+    (box / name).write_text(json.dumps(made))
+    attempt("SuperBPE folder", box, lambda: build_superbpe(box))
+    (box / name).write_text(json.dumps(valid[name]))
 
 
 def test_byte_alphabet_is_the_librarys():

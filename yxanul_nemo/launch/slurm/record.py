@@ -1,11 +1,11 @@
 """What a run's folder keeps of its jobs: `slurm/chain.json`, the jobs in order, and a note of each job's last begin and end."""
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.json_files import parse_json
 from yxanul_nemo.run_folder import RunFolder
 
 CHAIN_VERSION = 1
@@ -36,7 +36,7 @@ class ChainRecord:
     def read(cls, run_dir: Path) -> Self | None:
         """That of a run; None where no jobs were submitted or the file was damaged."""
         try:
-            kept = json.loads(RunFolder(run_dir).slurm_chain.read_text(encoding="utf-8"))
+            kept = parse_json(RunFolder(run_dir).slurm_chain.read_text(encoding="utf-8"))
             return cls(kept["command"], kept["submitted"], [Job(**job) for job in kept["jobs"]])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
@@ -71,7 +71,7 @@ class JobNote:
     def read(cls, run_dir: Path, task: str) -> Self | None:
         """The last note of a task; None where there is none."""
         try:
-            kept: dict[str, Any] = json.loads(RunFolder(run_dir).slurm_note(task).read_text(encoding="utf-8"))
+            kept: dict[str, Any] = parse_json(RunFolder(run_dir).slurm_note(task).read_text(encoding="utf-8"))
             return cls(**kept)
         except (FileNotFoundError, ValueError, TypeError):
             return None

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.base import PathText, PathValue, Section
 
 
 class CheckpointConfig(Section):
@@ -32,7 +32,7 @@ class DomainConfig(Section):
 
     source: str | None = None
     """Name of a data source whose held-out documents are used."""
-    path: str | None = None
+    path: PathText | None = None
     """A parquet or jsonl file, or a name inside `validation.dir`."""
     template: str = "{text}"
     """How a row's columns become a document, as a Python format string."""
@@ -55,7 +55,7 @@ class ValidationConfig(Section):
 
     domains: dict[str, DomainConfig] = Field(min_length=1)
     """Name -> held-out text."""
-    dir: Path = Path("validation")
+    dir: PathValue = Path("validation")
     """Folder in which relative `path`s of domains are looked for."""
     eval_len: int = Field(ge=2)
     """Length of the scoring windows, in tokens."""
@@ -65,7 +65,7 @@ class ValidationConfig(Section):
     """Tokens scored at once; changes speed and memory, not the result."""
     at_phase_len: bool = True
     """Score a second time at the sequence length of the phase, where that is another one than `eval_len`."""
-    every_tokens: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    every_tokens: float | None = Field(default=None, gt=0)
     """Tokens between two validations inside a phase; unset: only at the end of each phase."""
     every_documents: int | None = Field(default=200, ge=1)
     """Documents of each domain, spread evenly over it, that validations inside a phase score; unset: all."""
@@ -73,7 +73,7 @@ class ValidationConfig(Section):
     """What the best checkpoint is chosen by: mean_bits_per_byte, or <domain>.bits_per_byte, <domain>.perplexity."""
     early_stop_patience: int | None = Field(default=None, ge=1)
     """End training when so many validations inside phases, one after another, did not improve `best_metric`; unset: never."""
-    early_stop_min_improvement: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    early_stop_min_improvement: float = Field(default=0.0, ge=0)
     """By how much `best_metric` must fall to count as improved."""
 
     @model_validator(mode="after")

@@ -51,6 +51,8 @@ def selected_stages(stage: str | list[str]) -> list[str]:
             raise UserError("stage", f"is {asked}", f"{name} alone", f"Use stage={name} first, then the others.")
         if name not in (*STAGES, "all"):
             valid = ["all", *STAGES, *LONE_STAGES]
+            if "," in name:
+                raise UserError("stage", f"is '{name}'", f"several as a list: 'stage=[{name}]'")
             raise UserError("stage", f"no stage '{name}'", ", ".join(valid), nearest(name, valid))
     if not asked:
         raise UserError("stage", "is an empty list", f"all, or some of {', '.join(STAGES)}")

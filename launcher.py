@@ -11,6 +11,7 @@ from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
+from yxanul_nemo.streams import outlive_reader
 
 ONLY_HYDRA_CAN_READ = {"--hydra-help", "--shell-completion", "-sc", "-m", "--multirun"}
 
@@ -39,6 +40,7 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     if {"--help", "-h"} & set(sys.argv):
         print(help_text())
         sys.exit()

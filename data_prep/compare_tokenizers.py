@@ -27,6 +27,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.streams import outlive_reader
 
 CONTROL = "plain BPE (control)"
 BATCH_BYTES = 2_000_000
@@ -305,4 +306,5 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     sys.exit(main())

@@ -16,6 +16,7 @@ from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.streams import outlive_reader
 
 
 def run_data_stage(config: RunConfig) -> CorpusManifest:
@@ -164,4 +165,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     sys.exit(main())

@@ -10,6 +10,7 @@ from data_prep.tokenizers.superbpe_training import train_bpe, train_superbpe
 from data_prep.tokenizers.tokenizer import Tokenizer, save_new
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.streams import outlive_reader
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,4 +98,5 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     sys.exit(main())

@@ -17,7 +17,8 @@ from rich.table import Table
 
 from data_prep.corpus.demo_corpus import write_demo_corpus
 from data_prep.corpus.encode import is_heldout
-from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.corpus.find_shards import resolve_shards
+from data_prep.corpus.shards import ShardReader
 from data_prep.prepare import training_texts
 from data_prep.tokenizers.superbpe import build_superbpe
 from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer

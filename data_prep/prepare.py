@@ -8,9 +8,10 @@ from pathlib import Path
 
 from data_prep.corpus.demo_corpus import write_demo_corpus
 from data_prep.corpus.encode import is_heldout
+from data_prep.corpus.find_shards import resolve_shards
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
 from data_prep.corpus.preparation import prepare_corpus
-from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.corpus.shards import ShardReader
 from data_prep.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.run import RunConfig

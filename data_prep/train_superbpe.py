@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.corpus.find_shards import resolve_shards
+from data_prep.corpus.shards import ShardReader
 from data_prep.tokenizers.superbpe_training import train_bpe, train_superbpe
 from data_prep.tokenizers.tokenizer import Tokenizer, save_new
 from yxanul_nemo.errors import UserError

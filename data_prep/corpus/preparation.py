@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from data_prep.corpus.encode import SPLITS, Encoder, ShardOptions, ShardRecord, ShardTask, input_sha256, input_stat
-from data_prep.corpus.find_shards import InputShard, NoShardsError
+from data_prep.corpus.find_shards import InputShard, NoShardsError, find_shards
 from data_prep.corpus.indexed import token_dtype
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, SourceManifest, load_manifest
 from data_prep.corpus.pool import run_shards

@@ -105,12 +105,12 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     """Also write TensorBoard event files, into `run.dir/tensorboard`."""
     wandb: bool = False
-    """Also send records to Weights & Biases (needs `uv sync --extra wandb`); without an account they are kept in
+    """Also send records to Weights & Biases (needs `uv sync --inexact --extra wandb`); without an account they are kept in
     `run.dir/trackers/wandb` for `wandb sync`."""
     wandb_project: str = "yxanul"
     """Project that a Weights & Biases run belongs to."""
     mlflow: bool | str = False
-    """Also send records to MLflow (needs `uv sync --extra mlflow`): the address of a tracking server, or true for
+    """Also send records to MLflow (needs `uv sync --inexact --extra mlflow`): the address of a tracking server, or true for
     MLFLOW_TRACKING_URI or else files in `run.dir/trackers/mlflow`."""
 
 
@@ -118,7 +118,7 @@ class ExportConfig(Section):
     """The formats a finished model is written in."""
 
     formats: list[Literal["nemo", "hf", "gguf"]] = Field(default=["nemo", "hf"], min_length=1)
-    """`nemo`: NeMo's tar; `hf`: a standard Llama folder; `gguf`: llama.cpp's file (needs `uv sync --extra gguf`)."""
+    """`nemo`: NeMo's tar; `hf`: a standard Llama folder; `gguf`: llama.cpp's file (needs `uv sync --inexact --extra gguf`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the exported weights."""
     checkpoint: str = Field(default="latest", pattern=r"^(latest|best|tokens_[0-9]{15})$")

@@ -37,9 +37,11 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         print(help_text())
         return True
     if name == "plan":
+        from yxanul_nemo.plan.needs import require_all
         from yxanul_nemo.plan.stage import run_plan_stage
 
         run_plan_stage(config)
+        require_all(config)
         return True
     configure_logging()
     for note in make_bearable(os.environ):

@@ -51,7 +51,9 @@ def resolve_layer_spec(parallel: ParallelConfig, device: str) -> str:
             raise UserError("parallel.layer_spec", "is te on a CPU", "torch", "Transformer Engine needs an NVIDIA GPU.")
         if te_version() is None:
             raise UserError(
-                "parallel.layer_spec", "is te, but Transformer Engine is not installed", fix="Run `uv sync --extra te`."
+                "parallel.layer_spec",
+                "is te, but Transformer Engine is not installed",
+                fix="Run `uv sync --inexact --extra te`.",
             )
     found = parallel.layer_spec
     if found == "auto":
@@ -82,7 +84,7 @@ def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device
             where,
             f"is {precision.name} without Transformer Engine",
             "bf16, or Transformer Engine",
-            "Run `uv sync --extra te`.",
+            "Run `uv sync --inexact --extra te`.",
         )
     if precision.name == "mxfp8" and capability < (10, 0):
         raise UserError(where, f"is mxfp8 on {name}", "a Blackwell GPU", "Set precision=fp8_hybrid.")

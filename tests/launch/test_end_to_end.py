@@ -176,6 +176,13 @@ def test_a_finished_run_cannot_become_another(runs: Runs) -> None:
     assert runs.files() == before
 
 
+def test_an_export_is_not_replaced_by_one_with_fewer_formats(runs: Runs) -> None:
+    before = runs.files()
+    done = launch("stage=export", f"run.dir={runs.run_dir}", "export.formats=[hf]")
+    assert done.returncode == 2 and "has nemo too, which would be removed" in done.stdout, done.stdout
+    assert "export.formats=[nemo,hf]" in done.stdout and runs.files() == before
+
+
 def test_plan_and_report_of_the_finished_run(runs: Runs, tmp_path: Path) -> None:
     for stage in ("plan", "report"):
         done = launch(f"stage={stage}", f"run.dir={runs.run_dir}", f"report.dir={tmp_path}", "report.sample_tokens=5")

@@ -74,6 +74,7 @@ class RunState:
             check_trackers(self.config.logging)
         if any(task.kind == "export" for task in todo):
             check_formats(self.config.export)
+            _check_keeps_formats(self.config)
         if todo and "data" not in self.stages and self.has_data:
             check_tokenizer(self.config)
         if todo and "train" not in self.stages and self.newest() is None:
@@ -112,6 +113,27 @@ class RunState:
         if self.config.run.folder.phase_result(number).is_file():
             return True
         return not any(c.phase == number and c.phase_end for c in self.store.list())
+
+
+FORMAT_NAMES = {"nemo": "model.nemo", "hf": "hf", "gguf": "model.gguf"}
+"""Format -> its file or folder in an export."""
+
+
+def _check_keeps_formats(config: RunConfig) -> None:
+    """Refuse to replace an export by one that lacks a format which it has."""
+    lost = [
+        name
+        for name, file in FORMAT_NAMES.items()
+        if name not in config.export.formats and (config.run.folder.export / file).exists()
+    ]
+    if lost:
+        every = ",".join([*lost, *config.export.formats])
+        raise UserError(
+            "export.formats",
+            f"is [{','.join(config.export.formats)}], and {config.run.folder.export} has {' and '.join(lost)} too, which would be removed",
+            f"[{every}]",
+            f"Write all with export.formats=[{every}], or move that folder away first.",
+        )
 
 
 def _with_keys(refusal: UserError, config: RunConfig) -> UserError:

@@ -13,6 +13,8 @@ from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
 from yxanul_nemo.streams import outlive_reader
 
+TYPED = sys.argv[1:]
+"""The arguments as the shell has handed them over, which the run's records name."""
 ONLY_HYDRA_CAN_READ = {"--hydra-help", "--shell-completion", "-sc", "-m", "--multirun"}
 
 
@@ -25,6 +27,8 @@ def fail(message: object, exit_code: int) -> None:
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     """Check the composed configuration and run its stages."""
+    # Hydra has read them in its own form.
+    sys.argv[1:] = TYPED
     try:
         run_stages(parse(composed))
     except UserError as error:

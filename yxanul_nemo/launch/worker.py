@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--fork", action="store_true")
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
-    outlive_reader(RunFolder(arguments.run_dir).log(arguments.task or "worker"))
+    outlive_reader(RunFolder(arguments.run_dir).log(arguments.task) if arguments.task else None)
     # What all ranks do alike is said by the first one.
     configure_logging(level=logging.WARNING if rank_and_processes()[0] else logging.INFO)
     quiet_libraries()
@@ -50,6 +50,7 @@ def main() -> int:
     for line in sys.stdin:
         task = Task.named(line.strip())
         if not arguments.fork:
+            outlive_reader(RunFolder(arguments.run_dir).log(task.name))
             return do(arguments.run_dir, task)
         do_in_fork(arguments.run_dir, task)
     return 0

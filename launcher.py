@@ -2,28 +2,19 @@
 
 import signal
 import sys
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig
 
-from yxanul_nemo.config.load import compose, parse, with_quoted_text
+from yxanul_nemo.config.command_line import config_dirs_in, for_hydra, overrides_in
+from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
+from yxanul_nemo.streams import outlive_reader
 
-OPTIONS_WITH_VALUE = {
-    "--cfg",
-    "-c",
-    "--package",
-    "-p",
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--config-dir",
-    "-cd",
-}
+TYPED = sys.argv[1:]
+"""The arguments as the shell has handed them over, which the run's records name."""
 ONLY_HYDRA_CAN_READ = {"--hydra-help", "--shell-completion", "-sc", "-m", "--multirun"}
 
 
@@ -33,24 +24,11 @@ def fail(message: object, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-def overrides_in(arguments: list[str]) -> list[str]:
-    """The key=value arguments, without Hydra's own options."""
-    values_of_options = {i + 1 for i, argument in enumerate(arguments) if argument in OPTIONS_WITH_VALUE}
-    return [a for i, a in enumerate(arguments) if not a.startswith("-") and i not in values_of_options]
-
-
-def config_dirs_in(arguments: list[str]) -> list[Path]:
-    """Folders of `--config-dir`, whose options are valid beside those of `conf/`."""
-    names = ("--config-dir", "-cd")
-    after = [arguments[i + 1] for i, argument in enumerate(arguments[:-1]) if argument in names]
-    return [
-        Path(folder) for folder in after + [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
-    ]
-
-
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(composed: DictConfig) -> None:
     """Check the composed configuration and run its stages."""
+    # Hydra has read them in its own form.
+    sys.argv[1:] = TYPED
     try:
         run_stages(parse(composed))
     except UserError as error:
@@ -66,14 +44,15 @@ def main(composed: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     if {"--help", "-h"} & set(sys.argv):
         print(help_text())
         sys.exit()
     # Hydra ends with 1 and its own wording on a wrong override; composing first lets the project's words and exit code apply.
-    sys.argv[1:] = with_quoted_text(sys.argv[1:])
-    if not ONLY_HYDRA_CAN_READ & set(sys.argv):
-        try:
+    try:
+        sys.argv[1:] = for_hydra(sys.argv[1:])
+        if not ONLY_HYDRA_CAN_READ & set(sys.argv):
             compose(overrides_in(sys.argv[1:]), config_dirs_in(sys.argv[1:]))
-        except UserError as error:
-            fail(error, 2)
+    except UserError as error:
+        fail(error, 2)
     main()

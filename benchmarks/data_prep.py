@@ -59,7 +59,8 @@ class Clock:
 
 def texts_of(pattern: str) -> Iterator[str]:
     """All documents of the input."""
-    from data_prep.corpus.shards import ShardReader, resolve_shards
+    from data_prep.corpus.find_shards import resolve_shards
+    from data_prep.corpus.shards import ShardReader
 
     for shard in resolve_shards(pattern, "--input"):
         with ShardReader(shard.path) as reader:

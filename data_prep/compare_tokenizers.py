@@ -17,7 +17,8 @@ from rich.table import Table
 
 from data_prep.corpus.demo_corpus import write_demo_corpus
 from data_prep.corpus.encode import is_heldout
-from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.corpus.find_shards import resolve_shards
+from data_prep.corpus.shards import ShardReader
 from data_prep.prepare import training_texts
 from data_prep.tokenizers.superbpe import build_superbpe
 from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer, named_specials
@@ -26,6 +27,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.streams import outlive_reader
 
 CONTROL = "plain BPE (control)"
 BATCH_BYTES = 2_000_000
@@ -306,4 +308,5 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     sys.exit(main())

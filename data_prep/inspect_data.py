@@ -15,6 +15,7 @@ from data_prep.corpus.manifest import CorpusManifest, Split, load_manifest
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError, nearest
+from yxanul_nemo.streams import outlive_reader
 
 BAR_WIDTH = 40
 SAMPLE_CHARS = 400
@@ -163,4 +164,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     sys.exit(main())

@@ -8,14 +8,16 @@ from pathlib import Path
 
 from data_prep.corpus.demo_corpus import write_demo_corpus
 from data_prep.corpus.encode import is_heldout
+from data_prep.corpus.find_shards import resolve_shards
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
 from data_prep.corpus.preparation import prepare_corpus
-from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.corpus.shards import ShardReader
 from data_prep.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.streams import outlive_reader
 
 
 def run_data_stage(config: RunConfig) -> CorpusManifest:
@@ -164,4 +166,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     sys.exit(main())

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.corpus.find_shards import resolve_shards
+from data_prep.corpus.shards import ShardReader
 from data_prep.tokenizers.superbpe_training import train_bpe, train_superbpe
 from data_prep.tokenizers.tokenizer import Tokenizer, save_new
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.streams import outlive_reader
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,4 +99,5 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    outlive_reader()
     sys.exit(main())

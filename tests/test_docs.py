@@ -68,6 +68,7 @@ def check(command: str) -> None:
         case ["pip", "install", "uv"] | ["uv", "lock"]:
             pass
         case ["uv", "sync", *options]:
+            options = [option for option in options if option != "--inexact"]
             assert len(options) % 2 == 0 and set(options[::2]) <= {"--extra"}
             assert set(options[1::2]) <= set(project["project"]["optional-dependencies"])
         case ["uv", "run", "python", "launcher.py", *arguments] | ["python", "launcher.py", *arguments]:

@@ -4,6 +4,11 @@ import difflib
 import re
 from collections.abc import Iterable
 
+SHORTEST_PART = 3
+"""Letters of a name from which on another that contains it may have been meant."""
+MOST_NAMES = 6
+"""Names offered at a time."""
+
 
 class UserError(ValueError):
     """A mistake that the user can mend: the launcher prints it in one message, without a traceback, and exits with 2.
@@ -33,19 +38,33 @@ def _readable(text: str) -> str:
     return re.sub(r"\S{1000,}", lambda match: f"{match[0][:100]}... ({len(match[0]):,} characters)", text)
 
 
+def close_names(name: str, valid: Iterable[str]) -> list[str]:
+    """The valid names that `name` was probably meant to be, closest first: those that it is a part of, or else the one most like it."""
+    names, wanted = sorted(set(valid)), name.lower()
+    parts = [other for other in names if len(wanted) >= SHORTEST_PART and wanted in other.lower()]
+    # `lrate` for `lr`: too far by the share of equal letters.
+    begun = [other for other in names if other and wanted.startswith(other.lower())]
+    by_lower = {other.lower(): other for other in names}
+    close = [by_lower[other] for other in difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.6)]
+    starts = [other for other in parts if other.lower().startswith(wanted)]
+    return (starts or parts)[:MOST_NAMES] or close or sorted(begun, key=len, reverse=True)[:1]
+
+
 def close_name(name: str, valid: Iterable[str]) -> str | None:
     """The valid name closest to `name`, or None if none is close."""
-    names = sorted(set(valid))
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    # `lrate` for `lr`: too far by the share of equal letters.
-    begun = [other for other in names if name and other and (name.startswith(other) or other.startswith(name))]
-    return next(iter([*close, *sorted(begun, key=len, reverse=True)]), None)
+    return next(iter(close_names(name, valid)), None)
+
+
+def one_of(names: Iterable[str]) -> str:
+    """The names in quotes, as alternatives in a sentence."""
+    *most, last = [f"'{name}'" for name in names]
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """A sentence that names the valid name closest to `name`, or lists the valid ones if none is close."""
+    """A sentence that names the valid names closest to `name`, or lists the valid ones if none is close."""
     valid = sorted(set(valid))
-    close = close_name(name, valid)
-    if close is not None:
-        return f"Did you mean '{close}'?"
+    close = close_names(name, valid)
+    if close:
+        return f"Did you mean {one_of(close)}?"
     return f"Valid: {', '.join(valid)}." if valid else ""

@@ -10,9 +10,10 @@ from typing import Protocol
 import numpy as np
 from pydantic import ValidationError
 
+from data_prep.corpus.find_shards import InputShard
 from data_prep.corpus.indexed import IndexedWriter, bin_path, idx_path, token_dtype
 from data_prep.corpus.manifest import InputEntry, ShardEntry
-from data_prep.corpus.shards import DocumentBatch, InputShard, ShardReader, SkippedRows
+from data_prep.corpus.shards import DocumentBatch, ShardReader, SkippedRows
 from data_prep.tokenizers.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import sha256_file, write_text_atomic

@@ -7,11 +7,11 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data_prep.corpus.encode import SPLITS, Encoder, ShardOptions, ShardRecord, ShardTask, input_sha256, input_stat
+from data_prep.corpus.find_shards import InputShard, NoShardsError, find_shards
 from data_prep.corpus.indexed import token_dtype
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, SourceManifest, load_manifest
 from data_prep.corpus.pool import run_shards
 from data_prep.corpus.progress import ProgressDisplay
-from data_prep.corpus.shards import InputShard, NoShardsError, resolve_shards
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.disk_errors import disk_error, disk_errors
 from yxanul_nemo.errors import UserError
@@ -125,7 +125,7 @@ def _tasks(
         holds_ids=source.ids_column is not None,
     )
     try:
-        shards = resolve_shards(source.path, f"data.sources.{name}.path")
+        found = find_shards(source.path, f"data.sources.{name}.path")
     except NoShardsError:
         if old is None or name not in old.sources:
             raise
@@ -134,7 +134,9 @@ def _tasks(
         return [
             ShardTask(data_dir, name, InputShard(Path(source.path), entry.file), options, True) for entry in entries
         ]
-    return [ShardTask(data_dir, name, shard, options) for shard in shards]
+    if found.left_out and old is None:
+        logger.warning("%s: of %s these are not read: %s", name, source.path, _listed(set(found.left_out)))
+    return [ShardTask(data_dir, name, shard, options) for shard in found.shards]
 
 
 def _finished(task: ShardTask) -> ShardRecord | None:

@@ -1,6 +1,5 @@
 """Parquet shards as streams of documents, in bounded memory whatever the size of a shard or of its row groups."""
 
-import glob
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from yxanul_nemo.errors import UserError, nearest
+from data_prep.corpus.find_shards import COMPRESSED, CONVERT
+from yxanul_nemo.errors import UserError
 
 READ_BUFFER_BYTES = 1 << 20
 """Column chunks are read through a buffer of this size instead of as a whole."""
@@ -18,12 +18,29 @@ BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 32
 """Rows decoded at a time at most: a few megabytes repeated many times take little room in the file, but not once decoded."""
 
+BEGINNINGS = (
+    (
+        b"version https://git-lfs",
+        "is a Git-LFS pointer and not the file itself",
+        "Run `git lfs pull` in its repository.",
+    ),
+    (b"{", "looks like JSON lines", CONVERT),
+    (b"[", "looks like JSON", "Write its objects a line each. " + CONVERT),
+    (b"<", "looks like a web page, as a download that needs a login or failed gives one", "Download it again."),
+    (b"\x1f\x8b", "is compressed with gzip", COMPRESSED),
+    (b"\x28\xb5\x2f\xfd", "is compressed with zstd", COMPRESSED),
+    (b"PK\x03\x04", "is a zip archive", COMPRESSED),
+    (
+        b"ARROW1",
+        "is an Arrow file",
+        "`pyarrow.parquet.write_table(pyarrow.ipc.open_file('x').read_all(), 'x.parquet')` makes parquet.",
+    ),
+    (b"PARE", "is encrypted parquet", "Decrypt it first."),
+)
+"""First bytes of what is taken for parquet by mistake -> what it is, and what to do."""
+
 BYTES_OF_TEXT = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary(), pa.string_view(): pa.binary_view()}
 """Types whose values can be taken as bytes without a copy or a check."""
-
-
-class NoShardsError(UserError):
-    """There is no parquet file where a source's path points."""
 
 
 @dataclass
@@ -57,74 +74,6 @@ class DocumentBatch:
     skipped: SkippedRows = field(default_factory=SkippedRows)
 
 
-@dataclass(frozen=True)
-class InputShard:
-    """One parquet file of a source and the name of what is made from it."""
-
-    path: Path
-    name: str
-    """Path below the source's folder."""
-
-    @property
-    def stem(self) -> str:
-        """Name of the outputs: `name` without its ending, folders joined by `--`."""
-        return "--".join(Path(self.name).with_suffix("").parts)
-
-
-def resolve_shards(pattern: str, where: str) -> list[InputShard]:
-    """The parquet files behind a source's `path` (a folder, a glob, in which `**` spans folders, or one file), sorted.
-
-    `where` is the key to name in errors. Names beginning with a dot or an underscore are left out of folders and globs.
-    Raises NoShardsError if there is none, and UserError if two would write to the same output.
-    """
-    try:
-        path = Path(pattern).expanduser()
-    except RuntimeError as error:
-        raise UserError(where, f"{pattern} names a home folder that is not known ({error})", "a path") from None
-    root = path
-    if path.is_dir():
-        files = path.glob("*.parquet")
-    elif path.is_file():
-        return [InputShard(path, path.name)]
-    elif glob.has_magic(pattern):
-        root = _fixed_root(path)
-        try:
-            files = list(root.glob(path.relative_to(root).as_posix()))
-        except (ValueError, NotImplementedError) as error:
-            raise UserError(where, f"{pattern} is not a glob ({error})", "** only as a whole folder name") from None
-    else:
-        names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        close = nearest(path.name, names) if names else f"The folder {path.parent} is empty or absent."
-        hint = "" if close.startswith("Valid") else close  # A whole folder's names would be no help.
-        raise NoShardsError(where, f"{pattern} does not exist", "a folder with *.parquet, a glob or a file", hint)
-    shards: dict[str, InputShard] = {}
-    for file in sorted(files):
-        shard = InputShard(file, file.relative_to(root).as_posix())
-        if any(part.startswith((".", "_")) for part in Path(shard.name).parts) or not file.is_file():
-            continue
-        if shard.stem in shards:
-            clash = f"{shards[shard.stem].path} and {file} would both be written as {shard.stem}"
-            raise UserError(where, clash, "distinct names")
-        shards[shard.stem] = shard
-    if not shards:
-        deeper = path.is_dir() and any(path.glob("*/**/*.parquet"))
-        fix = f"Its subfolders have some: use {where}='{pattern}/**/*.parquet'." if deeper else ""
-        raise NoShardsError(
-            where, f"{pattern} has no parquet files", "at least one *.parquet, not named with . or _", fix
-        )
-    return [shards[stem] for stem in sorted(shards)]
-
-
-def _fixed_root(path: Path) -> Path:
-    """Longest leading part of a glob without magic characters."""
-    parts = []
-    for part in path.parts[:-1]:
-        if glob.has_magic(part):
-            break
-        parts.append(part)
-    return Path(*parts)
-
-
 class ShardReader:
     """Stream the documents of one parquet file.
 
@@ -148,7 +97,7 @@ class ShardReader:
         if schema.names.count(self.column) > 1:
             raise UserError(path, f"has the column '{self.column}' {schema.names.count(self.column)} times", "once")
         kind = schema.field(self.column).type
-        if not (_is_list_of_ints(kind) if self.holds_ids else _is_text(kind)):
+        if not (pa.types.is_null(kind) or (_is_list_of_ints(kind) if self.holds_ids else _is_text(kind))):
             wanted = "list<int>" if self.holds_ids else "string"
             raise UserError(path, f"column '{self.column}' is of type {kind}", wanted, self._column_fix(schema))
         self.rows = self._file.metadata.num_rows
@@ -199,9 +148,19 @@ class ShardReader:
 
     def _unreadable(self, error: Exception) -> UserError:
         reason = " ".join(str(error).split()) or type(error).__name__
+        for beginning, what, fix in BEGINNINGS:
+            if self._beginning().startswith(beginning):
+                return UserError(self.path, what, "a parquet file", fix)
         return UserError(
             self.path, f"cannot be read as parquet ({reason})", "a whole parquet file", "Get a good copy of it."
         )
+
+    def _beginning(self) -> bytes:
+        try:
+            with open(self.path, "rb") as handle:
+                return handle.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
+        except OSError:
+            return b""
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -221,8 +180,17 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _is_list_of_ints(kind: pa.DataType) -> bool:
-    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    return lists and pa.types.is_integer(kind.value_type)
+    """Whether it is a list of whole numbers; one of nulls alone is what writers make where every list is empty or null."""
+    checks = (
+        pa.types.is_list,
+        pa.types.is_large_list,
+        pa.types.is_fixed_size_list,
+        pa.types.is_list_view,
+        pa.types.is_large_list_view,
+    )
+    return any(check(kind) for check in checks) and (
+        pa.types.is_integer(kind.value_type) or pa.types.is_null(kind.value_type)
+    )
 
 
 def _read_texts(column: pa.Array) -> DocumentBatch:
@@ -246,6 +214,8 @@ def _as_bytes(column: pa.Array) -> list[bytes | None]:
     """Values as they are in the file, before any check of their encoding."""
     if isinstance(column, pa.DictionaryArray):
         column = column.dictionary_decode()
+    if pa.types.is_null(column.type):
+        return [None] * len(column)
     return column.cast(BYTES_OF_TEXT.get(column.type, column.type)).to_pylist()
 
 

@@ -162,6 +162,9 @@ class Tokenizer:
                 "tokenizer_class": "PreTrainedTokenizerFast",
                 "clean_up_tokenization_spaces": False,
                 "split_special_tokens": True,
+                # transformers before 5 would add token_type_ids, which a Llama refuses; generation goes on at the right end.
+                "model_input_names": ["input_ids", "attention_mask"],
+                "padding_side": "left",
                 **specials,
             },
         )

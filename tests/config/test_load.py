@@ -6,24 +6,21 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from launcher import config_dirs_in
+from yxanul_nemo.config.command_line import config_dirs_in
 from yxanul_nemo.config.load import (
     CONF_DIR,
     REPO_DIR,
     RETIRED_KEYS,
     compose,
-    keys_of,
     load_run_config,
     parse,
     to_yaml,
-    with_quoted_text,
 )
 from yxanul_nemo.config.outputs import LoggingConfig
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.config.suggest import keys_of
 from yxanul_nemo.config.training import ParallelConfig
 from yxanul_nemo.errors import UserError
 
@@ -261,14 +258,6 @@ def test_what_only_sounds_like_a_secret_is_taken() -> None:
         )
     )
     assert len(config.cluster.environment) == 4
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.text(alphabet="ab '\"\\${}[](),:=#%~!*\n\u00f7"))
-@example("$${run.name} \\${a} '\\' \\\\${b}\\")
-@example('a, b: [c] {d}=e\n"f"')
-def test_a_prompt_reaches_the_configuration_as_it_was_typed(text: str) -> None:
-    assert parse(compose(with_quoted_text(["stage=generate", f"prompt={text}"]))).prompt == text
 
 
 def test_from_is_a_path_or_a_list_and_no_part_of_a_runs_record(tmp_path: Path) -> None:

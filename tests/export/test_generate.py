@@ -12,7 +12,8 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import MakeRun
 from yxanul_nemo.checkpoint.restore import restore_model
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
-from yxanul_nemo.config.load import compose, parse, with_quoted_text
+from yxanul_nemo.config.command_line import for_hydra
+from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.export import export_checkpoint
@@ -240,7 +241,7 @@ def test_the_stage_streams_what_the_command_line_asks_for(
     settings = ("generate.max_new_tokens=20", "generate.temperature=0")
     for prompt in (PROMPT, "a, {b}: it's $x = [${run.name}] \\"):
         expected = generate(sources["nemo"], prompt, 20, temperature=0, device="cpu")
-        given = with_quoted_text([f"prompt={prompt}"])
+        given = for_hydra([f"prompt={prompt}"])
         assert run(f"from={sources['nemo']}", *given, *settings) == f"{prompt}{expected.text}\n"
         assert run(f"run.dir={exported[0].run.dir}", *given, *settings) == f"{prompt}{expected.text}\n", "its own run"
     with pytest.raises(

@@ -169,7 +169,18 @@ def test_a_finished_run_cannot_become_another(runs: Runs) -> None:
     before = runs.files()
     done = launch("stage=all", f"run.dir={runs.run_dir}", "optim.lr=1e-3")
     assert done.returncode == 2 and "it is of another run: config: " in done.stdout, done.stdout
+    assert "Settings that differ: optim.lr (0.005 there, 0.001 here)" in done.stdout
+    done = launch("stage=all", f"run.dir={runs.run_dir}", "model.ffn_hidden_size=128")
+    assert done.returncode == 2 and "model.ffn_hidden_size (64 there, 128 here)" in done.stdout
+    assert "Restore model.ffn_hidden_size" in done.stdout and "allow_mismatch=[model]" not in done.stdout
     assert runs.files() == before
+
+
+def test_an_export_is_not_replaced_by_one_with_fewer_formats(runs: Runs) -> None:
+    before = runs.files()
+    done = launch("stage=export", f"run.dir={runs.run_dir}", "export.formats=[hf]")
+    assert done.returncode == 2 and "has nemo too, which would be removed" in done.stdout, done.stdout
+    assert "export.formats=[nemo,hf]" in done.stdout and runs.files() == before
 
 
 def test_plan_and_report_of_the_finished_run(runs: Runs, tmp_path: Path) -> None:

@@ -131,7 +131,10 @@ def test_torch_is_told_its_place_in_the_words_of_torchrun() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["cluster.time=soon"], r"cluster\.time: got 'soon'; expected a time as Slurm writes it, in quotes"),
+        (
+            ["cluster.time=soon"],
+            r"cluster\.time: got 'soon'; expected a time such as 2h or 90m, or as Slurm writes it, in quotes",
+        ),
         (["cluster.time=240"], r"cluster\.time: got 240; expected a time"),
         (["+cluster.times={phase-3: '1:00:00'}"], r"times\.phase-3: no such job"),
         (["+cluster.times={phase-09: '1:00:00'}"], r"cluster\.times\.phase-09: there are 3 phases"),

@@ -8,11 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.launch.launching import REPO_DIR, Launched, command, launch, state
+from yxanul_nemo.config.load import to_yaml
+from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.stages import selected_stages
 from yxanul_nemo.launch.tasks import Task
@@ -112,6 +115,23 @@ def test_a_format_that_the_tokenizer_cannot_have_is_refused_before_training(run_
         "export.formats: has gguf, and the tokenizer cuts text in a way that llama.cpp has no name for" in done.stdout
     )
     assert not list(run_dir.glob("logs/phase*"))
+
+
+def test_training_on_shared_tokens_looks_for_their_tokenizer_first(prepared: Path, tmp_path: Path) -> None:
+    done = launch("stage=train", f"run.dir={tmp_path}", f"data.dir={prepared}/data")
+    assert done.returncode == 2 and "tokenizer: does not exist, though the tokens are prepared" in done.stdout
+    assert not list(tmp_path.glob("logs/phase*"))
+
+
+def test_status_is_of_the_run_and_not_of_the_command_line(run_dir: Path, make_config: Callable[..., RunConfig]) -> None:
+    nothing = launch("stage=status", f"run.dir={run_dir}/absent")
+    assert nothing.returncode == 2 and "holds no run" in nothing.stdout
+    own = make_config(f"run.dir={run_dir}", "curriculum.total_tokens=9216")
+    (run_dir / "config.yaml").write_text(to_yaml(own))
+    done = launch("stage=status", f"run.dir={run_dir}", "curriculum.total_tokens=18432")
+    assert done.returncode == 0, done.stdout
+    assert "0 of 9,216" in done.stdout and "18,432" not in done.stdout
+    assert "the command line's differ in curriculum.total_tokens" in done.stdout
 
 
 def test_an_early_stop_ends_training_and_the_chain_goes_on(run_dir: Path) -> None:

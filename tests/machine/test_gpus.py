@@ -35,6 +35,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("", []),
         ("-1", []),
         ("0,7,1", [H100]),
+        ("MIG-4d2b6e3a-1111-5555-9999-0123456789ab", ["a slice of a GPU, MIG-4d2b6e3a-1111-5555-9999-0123456789ab"]),
     ],
 )
 def test_those_that_cuda_would_show(monkeypatch: pytest.MonkeyPatch, visible: str | None, names: list[str]) -> None:

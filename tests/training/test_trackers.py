@@ -11,7 +11,7 @@ import pytest
 from tests.ranks import run_ranks
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch import run_state
+from yxanul_nemo.plan import needs
 
 RECORDS = [(1024, 7.5), (2048, 7.0)]
 
@@ -129,8 +129,8 @@ def test_a_tracker_that_cannot_be_reached_is_said_once_and_left_out(
 def test_a_package_that_is_missing_is_a_mistake_before_training(
     make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_state.importlib.util, "find_spec", lambda name: None)
-    run_state.check_trackers(make_config().logging)
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None)
+    needs.check_trackers(make_config().logging)
     for key in ("wandb", "mlflow"):
-        with pytest.raises(UserError, match=f"logging.{key}: .*uv sync --extra {key}"):
-            run_state.check_trackers(make_config(f"logging.{key}=true").logging)
+        with pytest.raises(UserError, match=f"logging.{key}: .*uv sync --inexact --extra {key}"):
+            needs.check_trackers(make_config(f"logging.{key}=true").logging)

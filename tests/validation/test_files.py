@@ -51,9 +51,11 @@ def test_an_absolute_path_needs_no_folder(tmp_path: Path) -> None:
     [
         (None, "{text}", r"validation\.domains\.math\.path: .*math\.jsonl does not exist.*openai/gsm8k"),
         ("", "{text}", r"validation\.domains\.math: has no documents"),
-        ("no json\n", "{text}", r"math\.jsonl: cannot be read"),
+        ("no json\n", "{text}", r"math\.jsonl: line 1 is no JSON"),
+        ('{"text": "a"}\n\n\n{"text": ', "{text}", r"math\.jsonl: line 4 is no JSON"),
+        ("[" * 100_000, "{text}", r"math\.jsonl: line 1 is no JSON"),
         ("[1]\n", "{text}", r"math\.jsonl: line 1 is no JSON object"),
-        ("\xff\n", "{text}", r"math\.jsonl: cannot be read"),
+        ("\xff\n", "{text}", r"math\.jsonl: line 1 is not UTF-8"),
         ('{"txt": "a"}\n', "{text}", r"template: names key 'text', absent in line 1.*Did you mean 'txt'\?"),
         ('{"text": "a"}\n', "{text", r"template: '{text': "),
         ('{"text": "a"}\n', "{text:d}", r"template: does not fit row 1"),
@@ -63,7 +65,14 @@ def test_files_that_cannot_be_used_are_named(tmp_path: Path, content: str | None
     if content is not None:
         (tmp_path / "math.jsonl").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=message):
-        check_domain_files(domain_of(tmp_path, path="math.jsonl", template=template))
+        list(texts(config := domain_of(tmp_path, path="math.jsonl", template=template), "math", config.domains["math"]))
+        check_domain_files(config)
+
+
+def test_a_byte_order_mark_blank_lines_and_windows_line_ends_mean_nothing(tmp_path: Path) -> None:
+    (tmp_path / "math.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "two\xc2\x85"}\n\n')
+    config = domain_of(tmp_path, path="math.jsonl")
+    assert list(texts(config, "math", config.domains["math"])) == ["one", "two\x85"]
 
 
 def test_a_parquet_file_without_the_column_or_cut_short_is_named(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.base import DURATION, Section, duration_seconds
 from yxanul_nemo.config.private_values import require_no_secret, require_no_secrets_in
 
 TIME = re.compile(r"[0-9]+(:[0-9]{1,2}){0,2}|[0-9]+-[0-9]{1,2}(:[0-9]{1,2}){0,2}|UNLIMITED")
@@ -20,10 +20,16 @@ OWN_OPTIONS = frozenset({
 
 
 def _time(value: object) -> object:
+    if isinstance(value, str) and DURATION.fullmatch(value):
+        minutes, seconds = divmod(round(duration_seconds(value)), 60)
+        hours, minutes = divmod(minutes, 60)
+        days, hours = divmod(hours, 24)
+        return f"{days}-{hours:02d}:{minutes:02d}:{seconds:02d}" if days else f"{hours:02d}:{minutes:02d}:{seconds:02d}"
     # YAML reads an unquoted 12:30:00 as one number in base 60, and 90 could be meant in anything.
     if not isinstance(value, str) or not TIME.fullmatch(value):
         raise ValueError(
-            f"got {value!r}; expected a time as Slurm writes it, in quotes: '90' (minutes), '12:30:00' or '2-00:00:00'"
+            f"got {value!r}; expected a time such as 2h or 90m, or as Slurm writes it, in quotes: "
+            "'90' (minutes), '12:30:00' or '2-00:00:00'"
         )
     return value
 

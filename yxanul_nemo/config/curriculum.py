@@ -17,9 +17,9 @@ class PhaseConfig(Section):
     """Length of the windows, in tokens."""
     tokens_per_step: int = Field(ge=1)
     """Tokens in one optimizer step, over all GPUs and all accumulated micro-batches."""
-    lr_scale: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    lr_scale: float = Field(default=1.0, gt=0)
     """Factor on the learning-rate schedule during this phase."""
-    grad_clip: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; above it the gradient is scaled down."""
     blend: dict[str, float] | None = None
     """Share of each source in the tokens of this phase; unset: the curriculum's `blend`."""
@@ -43,7 +43,7 @@ class CurriculumConfig(Section):
     """Name for people."""
     phases: list[PhaseConfig] = Field(min_length=1)
     """In training order, sequence lengths never falling."""
-    total_tokens: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    total_tokens: float | None = Field(default=None, gt=0)
     """Scale all phases to this total, keeping their shares; unset: the phases' own sum."""
     blend: dict[str, float] | None = None
     """Share of each source where a phase sets none; unset: all sources in proportion to their size."""

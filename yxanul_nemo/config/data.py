@@ -1,11 +1,10 @@
 """`conf/tokenizer` and `conf/data`: from text to token ids on disk."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.base import PathText, PathValue, Section
 
 
 class TokenizerConfig(Section):
@@ -16,7 +15,7 @@ class TokenizerConfig(Section):
     kind: Literal["train_superbpe", "train_bpe", "superbpe", "huggingface", "sentencepiece"]
     """`train_superbpe`/`train_bpe`: train on the run's own corpus; `superbpe`: build from vocab.json and merges.txt;
     `huggingface`: a folder with tokenizer.json; `sentencepiece`: a .model file."""
-    path: Path | None = None
+    path: PathValue | None = None
     """Folder or file to load from (kinds superbpe, huggingface, sentencepiece)."""
     hub_id: str | None = None
     """Name on the Hugging Face hub, fetched when `path` is absent and there is network."""
@@ -54,7 +53,7 @@ class TokenizerConfig(Section):
 class SourceConfig(Section):
     """One corpus: parquet shards with text or token ids."""
 
-    path: str
+    path: PathText
     """A folder with *.parquet, a glob or one file. Relative paths are taken from where the command is run."""
     text_column: str = "text"
     """Column with the text; other columns are ignored."""
@@ -75,7 +74,7 @@ class DataConfig(Section):
     """Name -> corpus. Names are what `curriculum.phases[].blend` speaks of."""
     heldout_fraction: float = Field(default=0.01, ge=0, lt=0.5)
     """Share of documents, chosen by hash of their text, that is never trained on."""
-    dir: Path | None = None
+    dir: PathValue | None = None
     """Folder for the prepared tokens; unset: `run.dir/data`. Set it to share one corpus between runs."""
     workers: int = Field(default=0, ge=0)
     """Processes that tokenize; 0: all cores."""

@@ -1,9 +1,9 @@
 """From Hydra's composed dictionary to a checked `RunConfig`, with errors that a user can act on."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import hydra
 import yaml
@@ -11,13 +11,13 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from yxanul_nemo.config.base import Section
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.config.suggest import suggest_key
+from yxanul_nemo.config.suggest import keys_of, suggest_argument, suggest_key
 from yxanul_nemo.errors import UserError, nearest
-from yxanul_nemo.stored import first_problem
+from yxanul_nemo.stored import Problem, first_problem
 from yxanul_nemo.unpacking.safe_config import read_plain
 
 REPO_DIR = Path(__file__).resolve().parents[2]
@@ -28,8 +28,6 @@ FILE_WIDTH = 120
 """Longest line of a configuration's file, where its values allow it."""
 RETIRED_KEYS = ("parallel.overlap_gradients", "plan.overlap", "plan.scale_to")
 """Keys of earlier versions that decided nothing about a model. A stored configuration may have them; they are left out."""
-TEXT_KEYS = ("prompt",)
-"""Keys whose values are free text, which the command line takes as it is."""
 
 
 def register_schema() -> None:
@@ -67,20 +65,6 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> 
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             # ValueError: OmegaConf's own, for a name where a list has numbers.
             raise _override_error(error, overrides, (CONF_DIR, *config_dirs)) from None
-
-
-def with_quoted_text(arguments: Sequence[str]) -> list[str]:
-    """Command-line arguments with the values of `TEXT_KEYS` quoted for Hydra, to which commas, colons and braces mean something."""
-    quoted = []
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if key in TEXT_KEYS and equals:
-            # `${` would be looked up by OmegaConf. In both grammars a backslash counts only before what it escapes.
-            text = re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + "\\${", text)
-            text = re.sub(r"(\\*)('|\Z)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
-            argument = f"{key}='{text}'"
-        quoted.append(argument)
-    return quoted
 
 
 def parse(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
@@ -128,18 +112,9 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=FILE_WIDTH)
 
 
-def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """All dotted keys of a section and of the sections in it."""
-    for name, field in section.model_fields.items():
-        yield prefix + (field.alias or name)
-        for inner in (field.annotation, *get_args(field.annotation)):
-            if isinstance(inner, type) and issubclass(inner, BaseModel):
-                yield from keys_of(inner, f"{prefix}{name}.")
-
-
 def _schema_error(error: ValidationError, values: Mapping[str, Any]) -> UserError:
     first = first_problem(error)
-    where = first.place or "configuration"
+    where = _known_place(first, values) or "configuration"
     more = f" ({error.error_count() - 1} more of the kind)" if error.error_count() > 1 else ""
     if first.kind == "extra_forbidden":
         return UserError(where, f"no such key{more}", fix=suggest_key(where, values))
@@ -148,7 +123,25 @@ def _schema_error(error: ValidationError, values: Mapping[str, Any]) -> UserErro
     if first.kind == "value_error":
         return UserError(where, first.message + more)
     message = first.message[0].lower() + first.message[1:]
-    return UserError(where, f"got {first.value!r}{more}", message.removeprefix("input should be "))
+    expected = message.removeprefix("input should be ")
+    if first.kind == "literal_error":
+        names = re.findall(r"'([^']*)'", expected)
+        return UserError(where, f"got {first.value!r}{more}", expected, _only_hint(str(first.value), names))
+    if first.kind in ("int_parsing", "float_parsing"):
+        expected = f"{'a whole number' if first.kind == 'int_parsing' else 'a number'}, as in 10M, 1e9 or 1_000_000"
+    return UserError(where, f"got {first.value!r}{more}", expected)
+
+
+def _known_place(problem: Problem, values: Any) -> str:
+    """The key that a problem is about, without what pydantic adds for the types that a value may have."""
+    place: list[str] = []
+    for part in problem.place.split("."):
+        in_list = isinstance(values, list) and part.isdigit() and int(part) < len(values)
+        if not in_list and not (isinstance(values, Mapping) and part in values):
+            return ".".join([*place, part] if problem.kind in ("missing", "extra_forbidden") else place)
+        place.append(part)
+        values = values[int(part)] if in_list else values[part]
+    return ".".join(place)
 
 
 def _override_error(error: Exception, overrides: Sequence[str], folders: Sequence[Path]) -> UserError:
@@ -175,9 +168,28 @@ def _override_error(error: Exception, overrides: Sequence[str], folders: Sequenc
             return UserError(
                 key, "no such key", fix=hint or "A key that no file of conf/ has is added with +key=value."
             )
+    if comma := re.search(r"Ambiguous value for argument '([^=']+)=(.*)'", text):
+        key, value = comma.groups()
+        return UserError(key, f"got '{value}', with a comma", f"one value, or a list as in '{key}=[{value}]'")
+    without_value = [override for override in overrides if "=" not in override and not override.startswith("~")]
+    form = "key=value, as in `python launcher.py recipe=demo stage=train`"
+    if without_value:
+        options = {group: [path.stem for path in (CONF_DIR / group).glob("*.yaml")] for group in groups}
+        meant = suggest_argument(without_value[0], options)
+        return UserError("command line", f"'{without_value[0]}' has no value", form, meant)
+    wrong = getattr(error, "override", None) or _first_line(error)
     return UserError(
-        "command line", _first_line(error), "key=value, as in `python launcher.py recipe=demo stage=train`"
+        "command line",
+        f"cannot read '{wrong}'",
+        form,
+        "A value with blanks, commas, brackets or = in it that is neither text nor a path needs quotes inside the shell's.",
     )
+
+
+def _only_hint(name: str, valid: Sequence[str]) -> str:
+    """`nearest` without the list of valid names, which the message has already."""
+    hint = nearest(name, valid)
+    return "" if hint.startswith("Valid") else hint
 
 
 def _chosen_groups(overrides: Sequence[str], groups: Sequence[str]) -> dict[str, Any]:

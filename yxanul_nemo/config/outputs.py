@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.base import PathText, PathValue, Section
 from yxanul_nemo.config.private_values import require_no_password_in_url
 
 
@@ -33,7 +33,7 @@ class DomainConfig(Section):
 
     source: str | None = None
     """Name of a data source whose held-out documents are used."""
-    path: str | None = None
+    path: PathText | None = None
     """A parquet or jsonl file, or a name inside `validation.dir`."""
     template: str = "{text}"
     """How a row's columns become a document, as a Python format string."""
@@ -56,7 +56,7 @@ class ValidationConfig(Section):
 
     domains: dict[str, DomainConfig] = Field(min_length=1)
     """Name -> held-out text."""
-    dir: Path = Path("validation")
+    dir: PathValue = Path("validation")
     """Folder in which relative `path`s of domains are looked for."""
     eval_len: int = Field(ge=2)
     """Length of the scoring windows, in tokens."""
@@ -66,7 +66,7 @@ class ValidationConfig(Section):
     """Tokens scored at once; changes speed and memory, not the result."""
     at_phase_len: bool = True
     """Score a second time at the sequence length of the phase, where that is another one than `eval_len`."""
-    every_tokens: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    every_tokens: float | None = Field(default=None, gt=0)
     """Tokens between two validations inside a phase; unset: only at the end of each phase."""
     every_documents: int | None = Field(default=200, ge=1)
     """Documents of each domain, spread evenly over it, that validations inside a phase score; unset: all."""
@@ -74,7 +74,7 @@ class ValidationConfig(Section):
     """What the best checkpoint is chosen by: mean_bits_per_byte, or <domain>.bits_per_byte, <domain>.perplexity."""
     early_stop_patience: int | None = Field(default=None, ge=1)
     """End training when so many validations inside phases, one after another, did not improve `best_metric`; unset: never."""
-    early_stop_min_improvement: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    early_stop_min_improvement: float = Field(default=0.0, ge=0)
     """By how much `best_metric` must fall to count as improved."""
 
     @model_validator(mode="after")
@@ -106,12 +106,12 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     """Also write TensorBoard event files, into `run.dir/tensorboard`."""
     wandb: bool = False
-    """Also send records to Weights & Biases (needs `uv sync --extra wandb`); without an account they are kept in
+    """Also send records to Weights & Biases (needs `uv sync --inexact --extra wandb`); without an account they are kept in
     `run.dir/trackers/wandb` for `wandb sync`."""
     wandb_project: str = "yxanul"
     """Project that a Weights & Biases run belongs to."""
     mlflow: bool | str = False
-    """Also send records to MLflow (needs `uv sync --extra mlflow`): the address of a tracking server, or true for
+    """Also send records to MLflow (needs `uv sync --inexact --extra mlflow`): the address of a tracking server, or true for
     MLFLOW_TRACKING_URI or else files in `run.dir/trackers/mlflow`. A name and password go into MLFLOW_TRACKING_USERNAME and
     MLFLOW_TRACKING_PASSWORD."""
 
@@ -125,7 +125,7 @@ class ExportConfig(Section):
     """The formats a finished model is written in."""
 
     formats: list[Literal["nemo", "hf", "gguf"]] = Field(default=["nemo", "hf"], min_length=1)
-    """`nemo`: NeMo's tar; `hf`: a standard Llama folder; `gguf`: llama.cpp's file (needs `uv sync --extra gguf`)."""
+    """`nemo`: NeMo's tar; `hf`: a standard Llama folder; `gguf`: llama.cpp's file (needs `uv sync --inexact --extra gguf`)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Number format of the exported weights."""
     checkpoint: str = Field(default="latest", pattern=r"^(latest|best|tokens_[0-9]{15})$")

@@ -21,7 +21,10 @@ Written by `uv run python -m yxanul_nemo.config.reference` from the schema in `y
 
 A recipe (`recipe=NAME`) chooses one file from each folder of `conf/` and changes what it must. On the command line, `group=option`
 chooses another file and `key=value` changes one key; later ones win. `+key=value` adds what no file has, such as another source;
-`~key` takes something out. `--cfg job` shows the result. Lists count from 0: `curriculum.phases.0.seq_len=16` is the first phase.
+`~key` takes something out. `--cfg job` shows the result. Text and paths are taken as the shell hands them over, commas, `=`, brackets
+and blanks included; `~` begins a home folder, and a path may refer to another key (`'runs/lr_${optim.lr}'`). In a list, as in
+`runs=[A,B]`, a part with a comma is quoted. Numbers may be written as `10M`, `1B`, `100K`, `1e9` or `1_000_000`, and a key with a
+unit of time in its name takes `90s`, `30m`, `2h` or `1d`. Lists count from 0: `curriculum.phases.0.seq_len=16` is the first phase.
 The default is the schema's; a file of `conf/` may say something else, and where there is "-" it has to. Sections without a table of
 options have no folder in `conf/`.
 """

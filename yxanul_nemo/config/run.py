@@ -1,12 +1,11 @@
 """The whole configuration of a run: the sections of `conf/` and the rules between them."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.base import PathText, PathValue, Section
 from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, TokenizerConfig
@@ -22,7 +21,7 @@ class RunSection(Section):
 
     name: str
     """The recipe's name."""
-    dir: Path
+    dir: PathValue
     """Folder that holds everything of the run."""
     seed: int = 1234
     """Seed of the weights."""
@@ -59,14 +58,14 @@ class RunConfig(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     stage: str | list[str] = "all"
     """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or another stage alone."""
-    from_: str | list[str] | None = Field(default=None, alias="from")
+    from_: PathText | list[PathText] | None = Field(default=None, alias="from")
     """Model for stage=generate, evaluate, import and validate: a run's or checkpoint's folder, a .nemo file or a Hugging Face folder;
     validate compares two. Unset: the run's own."""
     prompt: str = ""
     """Beginning of the text that stage=generate writes."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
-    runs: list[Path] = Field(default_factory=list)
+    runs: list[PathValue] = Field(default_factory=list)
     """Folders of runs that `stage=report` compares; empty: a report of `run.dir`."""
 
     @property
@@ -141,7 +140,7 @@ def _check_blend(where: str, blend: Mapping[str, float] | None, sources: tuple[s
     for name, share in blend.items():
         if name not in sources:
             raise ValueError(f"{where}: blend names source '{name}', data.sources has {', '.join(sources)}")
-        if not math.isfinite(share) or share < 0:
+        if share < 0:
             raise ValueError(f"{where}: blend gives source '{name}' the share {share:g}; shares must be 0 or more")
     if not sum(blend.values()):
         raise ValueError(f"{where}: blend gives every source the share 0; the shares must have a sum above 0")

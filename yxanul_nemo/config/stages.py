@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.base import PathValue, Section
 from yxanul_nemo.config.training import NumberFormat
 
 
@@ -16,7 +16,7 @@ class PlanConfig(Section):
     """GPU to plan for; `auto`: the one found here, a CPU where the run is on one, else an H100."""
     gpus: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """GPUs (on a CPU: processes) of the run; `auto`: as the run itself would choose here."""
-    price_per_gpu_hour: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    price_per_gpu_hour: float | None = Field(default=None, ge=0)
     """Price of one GPU for one hour, in any currency; the cost is in the same."""
     gpus_per_node: int = Field(default=8, ge=1)
     """GPUs of one node."""
@@ -58,13 +58,13 @@ class BenchConfig(Section):
 class ReportConfig(Section):
     """The page about a run. It changes nothing in the run."""
 
-    dir: Path | None = None
+    dir: PathValue | None = None
     """Folder for the page and its charts; unset: `run.dir/report`, for a comparison a folder beside the first run."""
     prompts: list[str] = Field(default=["", "The "])
     """Beginnings that the model of each phase's end continues; an empty one lets it begin by itself, an empty list makes no samples."""
     sample_tokens: int = Field(default=80, ge=1)
     """Most tokens of one sample."""
-    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=0.8, ge=0)
     """Of sampling; 0 takes the most likely token each time."""
     device: Literal["auto", "cpu", "cuda"] = "cpu"
     """Where samples are made; a GPU may be at work for the run itself."""
@@ -75,7 +75,7 @@ class GenerateConfig(Section):
 
     max_new_tokens: int = Field(default=128, ge=1)
     """Most tokens to write; fewer if the document or the model's context ends."""
-    temperature: float = Field(default=0.8, ge=0, allow_inf_nan=False)
+    temperature: float = Field(default=0.8, ge=0)
     """0 takes the most likely token each time; 1 samples from the model's own probabilities."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Sample only among the most likely tokens that together have this probability."""
@@ -94,22 +94,22 @@ class EvaluateConfig(Section):
     """Most questions that choice and cloze make of one domain."""
     problems: int | None = Field(default=None, ge=1)
     """Use only the first so many problems of gsm8k and humaneval; unset: all."""
-    gsm8k_path: Path = Path("gsm8k_validation.parquet")
+    gsm8k_path: PathValue = Path("gsm8k_validation.parquet")
     """File with the columns question and answer, or its name in `validation.dir`."""
-    humaneval_path: Path = Path("humaneval_validation.parquet")
+    humaneval_path: PathValue = Path("humaneval_validation.parquet")
     """File with the columns prompt, test and entry_point, or its name in `validation.dir`."""
     max_new_tokens: int = Field(default=256, ge=1)
     """Longest answer of gsm8k and humaneval."""
     run_generated_code: bool = False
     """Run what the model wrote for humaneval, in a process with limits; without it humaneval is refused."""
-    time_limit_seconds: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    time_limit_seconds: float = Field(default=5.0, gt=0)
     """For one program."""
     memory_limit_mib: int = Field(default=512, ge=64)
     """For one program."""
     harness_tasks: list[str] = Field(default=[])
     """Tasks of lm-evaluation-harness, by its names (`uv run --with 'lm-eval[hf]' python launcher.py stage=evaluate
     evaluate.harness_tasks=[piqa]`); each fetches its own data."""
-    harness_folder: Path | None = None
+    harness_folder: PathValue | None = None
     """Folder with tasks of one's own for it (YAML)."""
     seed: int = 0
     """Of the questions that choice and cloze make."""

@@ -176,12 +176,12 @@ class GuardsConfig(Section):
 
     max_skips_in_a_row: int = Field(default=20, ge=1)
     """Updates skipped in a row before the run stops, with a file of the windows and documents they were about."""
-    spike_sigma: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    spike_sigma: float | None = Field(default=None, gt=0)
     """Skip an update whose loss or gradient norm is over the mean of the last steps by more than so many standard deviations; unset:
     none. Each phase begins anew, and skips none before half of `spike_window_steps`."""
     spike_window_steps: int = Field(default=128, ge=4)
     """Steps that a spike is compared with."""
-    hang_minutes: float | None = Field(default=30.0, gt=0, allow_inf_nan=False)
+    hang_minutes: float | None = Field(default=30.0, gt=0)
     """Minutes without a finished step after which each rank shows its stacks and ends, and training begins again from the newest
     checkpoint, once; unset: never. The first step, with its compilation, counts."""
 

@@ -25,7 +25,9 @@ def require_expressible(tokenizer: Tokenizer, folder: Path) -> str:
     """
     where = "export.formats"
     if importlib.util.find_spec("gguf") is None:
-        raise UserError(where, "has gguf, but its package is not installed", fix="Run `uv sync --extra gguf`.")
+        raise UserError(
+            where, "has gguf, but its package is not installed", fix="Run `uv sync --inexact --extra gguf`."
+        )
     if tokenizer.library == "sentencepiece":
         raise UserError(where, "has gguf, and the tokenizer is of sentencepiece", "a byte-level BPE", "Leave gguf out.")
     described = read_json(folder / "tokenizer.json", max_bytes=MAX_TOKENIZER_BYTES)

@@ -16,6 +16,7 @@ from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, room_for
 from yxanul_nemo.model.fused_layers import uses_tiles
 from yxanul_nemo.model.memory import MOST_MICRO_BATCH_TOKENS
+from yxanul_nemo.plan.needs import missing_needs
 
 PRECISIONS = ("fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8")
 PROBE_VOCAB, PROBE_WINDOWS, PROBE_SEQ_LEN = 1024, 4, 128
@@ -44,8 +45,12 @@ def check_machine(config: RunConfig) -> bool:
         if results[name] != "works":
             logger.info("this recipe cannot run here: precision %s %s", name, results[name])
             return False
-    logger.info("this recipe can run here")
-    return True
+    missing = missing_needs(config)
+    for error in missing:
+        logger.info("this recipe cannot run yet: %s", error)
+    if not missing:
+        logger.info("this recipe can run here")
+    return not missing
 
 
 def describe_machine() -> Iterator[str]:

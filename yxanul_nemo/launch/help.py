@@ -55,6 +55,7 @@ CHOICES  group=option, another file of conf/
 {_entries(choices)}
 
 KEYS  key=value changes one, as in optim.lr=3e-4 or curriculum.phases.0.seq_len=16; +key=value adds, ~key takes out.
+  Numbers may be written as 10M, 1B or 1e9, times as 90s or 2h; text and paths are taken as the shell hands them over.
   All keys with meaning, unit and default: docs/config.md. What a command line comes to: --cfg job.
   --config-dir DIR  recipes and other options from a folder of your own, laid out as conf/
 

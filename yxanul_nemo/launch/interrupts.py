@@ -6,7 +6,9 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+BY_HAND = (signal.SIGINT, signal.SIGHUP)
+"""Ctrl-C and a terminal that was closed; the others come from schedulers."""
 ASKED_TO_STOP = b"\nstopping after this step to save; Ctrl-C again stops at once, without saving\n"
 
 
@@ -15,7 +17,10 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Context manager that takes over SIGINT (Ctrl-C), SIGTERM and SIGUSR1 (schedulers) in this process."""
+    """Context manager that takes over SIGINT (Ctrl-C), SIGHUP (the terminal is closed), SIGTERM and SIGUSR1 (schedulers) in this process.
+
+    One that is ignored from the beginning stays so: `nohup` means the run to go on.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -24,7 +29,8 @@ class StopSignals:
         self._pids: set[int] = set()
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heeded}
         return self
 
     def __exit__(
@@ -49,11 +55,13 @@ class StopSignals:
             raise Interrupted
         if number == signal.SIGINT and self.announces:
             # Not print or logging: this may run in the middle of another write to the same stream.
-            os.write(2, ASKED_TO_STOP)
+            with contextlib.suppress(OSError):
+                os.write(2, ASKED_TO_STOP)
         for pid in self._pids:
             _send(pid, number)
 
 
 def _send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, number)
+        # torchrun and srun know no terminal.
+        os.kill(pid, signal.SIGTERM if number == signal.SIGHUP else number)

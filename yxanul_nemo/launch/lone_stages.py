@@ -1,9 +1,12 @@
 """Stages that run alone. They leave what was trained as it is, and but for `import`, which begins a run, take no lock."""
 
+import os
+
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.help import help_text
-from yxanul_nemo.log import configure_logging, quiet_libraries
+from yxanul_nemo.log import configure_logging, logger, quiet_libraries
+from yxanul_nemo.machine.surroundings import make_bearable, without_place
 
 LONE_STAGES = (
     "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "generate", "evaluate", "import",
@@ -34,11 +37,20 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         print(help_text())
         return True
     if name == "plan":
+        from yxanul_nemo.plan.needs import require_all
         from yxanul_nemo.plan.stage import run_plan_stage
 
         run_plan_stage(config)
+        require_all(config)
         return True
     configure_logging()
+    for note in make_bearable(os.environ):
+        logger.warning("%s", note)
+    if name != "bench":
+        # Only the benchmark is run under torchrun; elsewhere this process would wait for ranks that nobody starts.
+        kept = without_place(os.environ)
+        for variable in set(os.environ) - set(kept):
+            del os.environ[variable]
     if name in WITH_SOURCES:
         quiet_libraries()
         _use_models(config, name)

@@ -16,13 +16,17 @@ from yxanul_nemo.launch.display import TaskDisplay
 from yxanul_nemo.launch.interrupts import StopSignals
 from yxanul_nemo.launch.slurm.step import srun_command
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.log import logger
 from yxanul_nemo.machine.gpus import process_count, threads_per_process, visible_gpus, world_size
+from yxanul_nemo.machine.surroundings import without_place
 from yxanul_nemo.shared_files import open_for_appending
 
 WORKER = "yxanul_nemo.launch.worker"
 PR_SET_PDEATHSIG = 1
 CONTROL = b"\0yxanul "
 """Begins what a worker tells the launcher on its standard output: `begin PID`, `end CODE`, and `progress JSON` behind a record's line."""
+SAVING_SECONDS = 120.0
+"""How long a worker may take to save where the launcher itself has failed."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -46,6 +50,7 @@ class Workers:
         """Whether a worker is given its task on its standard input."""
         self._forks = self._waits and (config.parallel.device == "cpu" or visible_gpus() == 0)
         self._ahead: subprocess.Popen | None = None
+        self._log_failed = False
 
     def log_path(self, task: Task) -> Path:
         """File with all that a task has printed."""
@@ -83,7 +88,7 @@ class Workers:
             ):
                 ends = self._follow(process, log_file, display, ranks)
         except BaseException:
-            _end(process)
+            _let_save(process)
             raise
         finally:
             self._signals.task_ended()
@@ -121,7 +126,9 @@ class Workers:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
+            # The launcher alone starts the others, but in a Slurm job, whose script may say where rank 0 listens.
+            env=(dict(os.environ) if self._in_job else without_place(os.environ))
+            | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
             pass_fds=(self._lock_fd,),
             start_new_session=True,
             # A launcher that is killed takes its worker along, which still saves its state.
@@ -151,8 +158,13 @@ class Workers:
         return ends
 
     def _keep(self, text: bytes, log_file: BinaryIO) -> None:
-        log_file.write(text)
-        log_file.flush()
+        try:
+            log_file.write(text)
+        except OSError as error:
+            # A full disk ends the task where it cannot save, not where it cannot be written about.
+            if not self._log_failed:
+                logger.warning("%s cannot be written (%s)", log_file.name, error.strerror)
+            self._log_failed = True
         self.last_lines.append(text.decode(errors="replace").rstrip())
 
 
@@ -161,6 +173,17 @@ def end_with_parent(parent: int) -> None:
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _let_save(process: subprocess.Popen) -> None:
+    """End a worker that nobody follows any more: what it has trained it saves, and what it says goes into its log."""
+    process.stdout.close()
+    process.terminate()
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(SAVING_SECONDS)
+    _end(process)
 
 
 def _end(process: subprocess.Popen) -> None:

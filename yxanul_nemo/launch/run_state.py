@@ -1,20 +1,23 @@
 """What of a run is done, by what lies in its folder, and what can be checked before any of the rest is spent. Light."""
 
-import importlib.util
-
 from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
-from yxanul_nemo.config.outputs import LoggingConfig
+from yxanul_nemo.config.differences import SHAPES, differences
+from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.launch.tasks import Task
+from yxanul_nemo.plan.needs import check_formats, check_tokenizer, check_trackers
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
 from yxanul_nemo.validation.record import early_stop_tokens, find_result
+
+MOST_NAMED = 12
+"""Settings that differ which one message names."""
 
 
 class RunState:
@@ -69,6 +72,11 @@ class RunState:
             check_domain_files(self.config.validation)
         if any(task.kind == "train" for task in todo):
             check_trackers(self.config.logging)
+        if any(task.kind == "export" for task in todo):
+            check_formats(self.config.export)
+            _check_keeps_formats(self.config)
+        if todo and "data" not in self.stages and self.has_data:
+            check_tokenizer(self.config)
         if todo and "train" not in self.stages and self.newest() is None:
             raise self.store.no_checkpoint()
 
@@ -88,9 +96,12 @@ class RunState:
         check_enough_tokens(config, phases, sizes)
         if (newest := self.newest()) is not None:
             # The worker does this again and keeps what was allowed; here it comes before its imports, and for finished runs.
-            newest.read_ledger().require_matches(
-                expected_run(config, manifest, phases), config.checkpoint.allow_mismatch, where=newest.path
-            )
+            try:
+                newest.read_ledger().require_matches(
+                    expected_run(config, manifest, phases), config.checkpoint.allow_mismatch, where=newest.path
+                )
+            except UserError as error:
+                raise _with_keys(error, config) from None
 
     def _is_trained(self, number: int, newest: Checkpoint) -> bool:
         """Whether a phase is trained and validated, or left out by an early stop. Having begun phase n + 1 means that n was ended."""
@@ -104,12 +115,36 @@ class RunState:
         return not any(c.phase == number and c.phase_end for c in self.store.list())
 
 
-def check_trackers(config: LoggingConfig) -> None:
-    """Refuse a tracker whose package is not installed."""
-    for key, asked in (("wandb", config.wandb), ("mlflow", config.mlflow)):
-        if asked and importlib.util.find_spec(key) is None:
-            raise UserError(
-                f"logging.{key}",
-                f"is {asked}, but the package {key} is not installed",
-                fix=f"Run `uv sync --extra {key}`, or set logging.{key}=false.",
-            )
+FORMAT_NAMES = {"nemo": "model.nemo", "hf": "hf", "gguf": "model.gguf"}
+"""Format -> its file or folder in an export."""
+
+
+def _check_keeps_formats(config: RunConfig) -> None:
+    """Refuse to replace an export by one that lacks a format which it has."""
+    lost = [
+        name
+        for name, file in FORMAT_NAMES.items()
+        if name not in config.export.formats and (config.run.folder.export / file).exists()
+    ]
+    if lost:
+        every = ",".join([*lost, *config.export.formats])
+        raise UserError(
+            "export.formats",
+            f"is [{','.join(config.export.formats)}], and {config.run.folder.export} has {' and '.join(lost)} too, which would be removed",
+            f"[{every}]",
+            f"Write all with export.formats=[{every}], or move that folder away first.",
+        )
+
+
+def _with_keys(refusal: UserError, config: RunConfig) -> UserError:
+    """The refusal to go on with another run, with the settings that differ from those that the run's folder keeps."""
+    if not config.run.folder.config.is_file():
+        return refusal
+    found = differences(load_run_config(config.run.folder.config), config)
+    if not found:
+        return refusal
+    named = ", ".join(f"{key} ({what})" for key, what in list(found.items())[:MOST_NAMED])
+    fix = refusal.fix
+    if shapes := [key for key in found if key in SHAPES]:
+        fix = f"Restore {', '.join(shapes)}, because weights of another shape cannot be loaded, or train in a new run.dir."
+    return UserError(refusal.where, f"{refusal.problem}. Settings that differ: {named}", refusal.expected, fix)

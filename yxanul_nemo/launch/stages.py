@@ -1,5 +1,6 @@
 """The stages of the pipeline in order, each doing only what is not done yet. Light: heavy work happens in worker processes."""
 
+import os
 import signal
 import time
 from typing import Any
@@ -11,7 +12,7 @@ from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.files import write_json_atomic, write_text_atomic
-from yxanul_nemo.launch.interrupts import Interrupted, StopSignals
+from yxanul_nemo.launch.interrupts import BY_HAND, Interrupted, StopSignals
 from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
 from yxanul_nemo.launch.processes import Workers
 from yxanul_nemo.launch.run_state import RunState
@@ -19,6 +20,7 @@ from yxanul_nemo.launch.tasks import STAGES, Task
 from yxanul_nemo.lock import RunLock
 from yxanul_nemo.log import configure_logging, logger
 from yxanul_nemo.machine.environment import write_environment
+from yxanul_nemo.machine.surroundings import make_bearable
 from yxanul_nemo.validation.record import find_result
 from yxanul_nemo.validation.table import table
 
@@ -35,12 +37,12 @@ class StageFailed(Exception):
 
 
 class Stopped(Exception):
-    """The run was asked to stop. `exit_code` is 0 for a scheduler's signal, and the shell's 130 for Ctrl-C."""
+    """The run was asked to stop. `exit_code` is 0 for a scheduler's signal, and the shell's 130 for Ctrl-C, 129 for a closed terminal."""
 
     def __init__(self, where: str, received: signal.Signals | None):
         name = received.name if received is not None else "a signal to its worker"
         super().__init__(f"stopped by {name} in {where} Repeat the command to go on.")
-        self.exit_code = 128 + received if received == signal.SIGINT else 0
+        self.exit_code = 128 + received if received in BY_HAND else 0
 
 
 def selected_stages(stage: str | list[str]) -> list[str]:
@@ -51,6 +53,8 @@ def selected_stages(stage: str | list[str]) -> list[str]:
             raise UserError("stage", f"is {asked}", f"{name} alone", f"Use stage={name} first, then the others.")
         if name not in (*STAGES, "all"):
             valid = ["all", *STAGES, *LONE_STAGES]
+            if "," in name:
+                raise UserError("stage", f"is '{name}'", f"several as a list: 'stage=[{name}]'")
             raise UserError("stage", f"no stage '{name}'", ", ".join(valid), nearest(name, valid))
     if not asked:
         raise UserError("stage", "is an empty list", f"all, or some of {', '.join(STAGES)}")
@@ -83,17 +87,20 @@ def run_stages(config: RunConfig) -> None:
 def run_here(config: RunConfig, stages: list[str], after: Task | None = None) -> None:
     """Run stages on this machine, or within the job that this process is part of; `after` must be done. Raises as `run_stages`."""
     configure_logging()
+    notes = make_bearable(os.environ)
     with StopSignals() as signals:
         try:
             with RunLock(config.run.dir, LEFTOVER_SECONDS) as lock:
                 configure_logging(config.run.folder.log("launcher"))
+                for note in notes:
+                    logger.warning("%s", note)
                 config.run.folder.preempted.unlink(missing_ok=True)
                 chain = Chain(config, stages, lock.fd, signals)
                 try:
                     chain.run(after)
                 finally:
                     chain.workers.close()
-                    if signals.received not in (None, signal.SIGINT):
+                    if signals.received not in (None, *BY_HAND):
                         marker = {"signal": signals.received.name, "time_unix": time.time()}
                         write_json_atomic(config.run.folder.preempted, marker)
         except Interrupted:

@@ -27,6 +27,7 @@ from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import configure_logging, quiet_libraries
 from yxanul_nemo.machine.gpus import rank_and_processes
 from yxanul_nemo.run_folder import RunFolder
+from yxanul_nemo.streams import outlive_reader, say
 
 
 def main() -> int:
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--fork", action="store_true")
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
+    outlive_reader(RunFolder(arguments.run_dir).log(arguments.task) if arguments.task else None)
     # What all ranks do alike is said by the first one.
     configure_logging(level=logging.WARNING if rank_and_processes()[0] else logging.INFO)
     quiet_libraries()
@@ -48,6 +50,7 @@ def main() -> int:
     for line in sys.stdin:
         task = Task.named(line.strip())
         if not arguments.fork:
+            outlive_reader(RunFolder(arguments.run_dir).log(task.name))
             return do(arguments.run_dir, task)
         do_in_fork(arguments.run_dir, task)
     return 0
@@ -63,6 +66,7 @@ def do_in_fork(run_dir: Path, task: Task) -> None:
         code = 1
         try:
             end_with_parent(parent)
+            outlive_reader(RunFolder(run_dir).log(task.name))
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             code = do(run_dir, task, tells_end=False)
         finally:
@@ -103,14 +107,14 @@ def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
 
 def tell(what: str) -> None:
     """Say something to the launcher, in one write so that ranks cannot mix their words."""
-    os.write(1, CONTROL + what.encode() + b"\n")
+    say(b"", CONTROL + what.encode())
 
 
 def tell_progress(line: str, progress: Mapping[str, Any]) -> None:
     """Say a record's line with the record behind it: a launcher draws the one or passes on the other, a bare terminal shows both."""
     finite = {name: value if math.isfinite(value) else None for name, value in progress.items()}
     shown = f"{time.strftime('%H:%M:%S')} {line}".encode()
-    os.write(1, shown + CONTROL + b"progress " + json.dumps(finite).encode() + b"\n")
+    say(shown, CONTROL + b"progress " + json.dumps(finite).encode())
 
 
 def run(config: RunConfig, task: Task) -> None:

@@ -19,6 +19,10 @@ def found_gpus() -> list[str]:
     names = []
     for asked in visible:
         # CUDA takes the start of a UUID, and nothing that comes after what it does not know.
+        if asked.startswith("MIG"):
+            # nvidia-smi's rows are whole GPUs, whose memory and speed a slice does not have.
+            names.append(f"a slice of a GPU, {asked}")
+            continue
         named = [name for index, uuid, name in rows if asked == index or (asked[:1] == "G" and uuid.startswith(asked))]
         if not named:
             break

@@ -3,14 +3,25 @@
 import importlib.metadata
 import importlib.util
 import os
+import signal
+import threading
+from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
 
 from yxanul_nemo.config.training import NumberFormat, ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.log import logger
 from yxanul_nemo.machine.gpus import rank_and_processes
+
+QUIET_JOIN_SECONDS = 20.0
+"""How long ranks may take to come before one says that it waits."""
+SIGNAL_SECONDS = 0.2
+"""How long a signal may wait for its answer."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def resolve_device(parallel: ParallelConfig) -> str:
@@ -40,7 +51,9 @@ def resolve_layer_spec(parallel: ParallelConfig, device: str) -> str:
             raise UserError("parallel.layer_spec", "is te on a CPU", "torch", "Transformer Engine needs an NVIDIA GPU.")
         if te_version() is None:
             raise UserError(
-                "parallel.layer_spec", "is te, but Transformer Engine is not installed", fix="Run `uv sync --extra te`."
+                "parallel.layer_spec",
+                "is te, but Transformer Engine is not installed",
+                fix="Run `uv sync --inexact --extra te`.",
             )
     found = parallel.layer_spec
     if found == "auto":
@@ -71,7 +84,7 @@ def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device
             where,
             f"is {precision.name} without Transformer Engine",
             "bf16, or Transformer Engine",
-            "Run `uv sync --extra te`.",
+            "Run `uv sync --inexact --extra te`.",
         )
     if precision.name == "mxfp8" and capability < (10, 0):
         raise UserError(where, f"is mxfp8 on {name}", "a Blackwell GPU", "Set precision=fp8_hybrid.")
@@ -126,7 +139,7 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         timeout = timedelta(minutes=parallel.nccl_timeout_minutes)
         if world_size > 1:
-            dist.init_process_group(backend, timeout=timeout)
+            _join(lambda: dist.init_process_group(backend, timeout=timeout))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     model_parallel = parallel.tensor_parallel * parallel.context_parallel
@@ -154,6 +167,39 @@ def init_process_groups(parallel: ParallelConfig, device: str, seed: int) -> Non
         use_cudagraphable_rng=not on_cpu,
         force_reset_rng=True,
     )
+
+
+def _join(join: Callable[[], None]) -> None:
+    """Meet the other ranks. A stop signal meanwhile ends the process, which has nothing to save; torch's own waiting hears none."""
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            join()
+        except BaseException as error:  # noqa: BLE001 - raised below, in the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="joining ranks", daemon=True)
+    hears = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, _leave) for number in STOP_SIGNALS} if hears else {}
+    thread.start()
+    thread.join(QUIET_JOIN_SECONDS)
+    if thread.is_alive():
+        rank, processes = rank_and_processes()
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        logger.warning(
+            "rank %d waits at %s for all of %d ranks (RANK, WORLD_SIZE, MASTER_ADDR)", rank, place, processes
+        )
+    while thread.is_alive():
+        thread.join(SIGNAL_SECONDS)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    if failed:
+        raise failed[0]
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
 
 
 def leave_process_groups() -> None:

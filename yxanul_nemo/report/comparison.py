@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from yxanul_nemo.config.differences import flat
 from yxanul_nemo.figures import clock, count
 from yxanul_nemo.report.charts import SMOOTHED_FROM, smoothed
 from yxanul_nemo.report.gather import Run
@@ -160,27 +160,15 @@ def _domains(runs: Sequence[Run]) -> Table:
 
 
 def _differences(runs: Sequence[Run]) -> Table:
-    flat = [_flat(run.config.model_dump(mode="json", exclude=set(NOT_COMPARED))) for run in runs]
-    keys = list(dict.fromkeys(key for one in flat for key in one))
+    by_run = [flat(run.config.model_dump(mode="json", exclude=set(NOT_COMPARED))) for run in runs]
+    keys = list(dict.fromkeys(key for one in by_run for key in one))
     rows = [
-        [key, *(json.dumps(one[key], ensure_ascii=False) if key in one else NONE for one in flat)]
+        [key, *(json.dumps(one[key], ensure_ascii=False) if key in one else NONE for one in by_run)]
         for key in keys
-        if len({json.dumps(one.get(key, NONE)) for one in flat}) > 1
+        if len({json.dumps(one.get(key, NONE)) for one in by_run}) > 1
     ]
     columns = range(len(runs) + 1)
     return Table(["key", *(run.label for run in runs)], rows, left=tuple(columns), wrap=tuple(columns))
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted keys as the command line has them."""
-    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-        value = {str(i): item for i, item in enumerate(value)}
-    if not isinstance(value, dict):
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for name, inner in value.items():
-        out |= _flat(inner, f"{prefix}.{name}" if prefix else name)
-    return out
 
 
 def _colors(runs: Sequence[Run]) -> list[str]:

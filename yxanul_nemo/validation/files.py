@@ -1,7 +1,7 @@
 """Files of validation domains, found and read row by row. Light, so that the launcher can look before anything is trained."""
 
+import codecs
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from string import Formatter
@@ -106,20 +106,29 @@ def _rows(path: Path, columns: list[str], where: str) -> Iterator[dict[str, Any]
             for batch in file.iter_batches(columns=columns, batch_size=1024):
                 yield from batch.to_pylist()
         else:
-            with open(path, encoding="utf-8") as lines:
-                for number, line in enumerate(lines, start=1):
-                    row = parse_json(line)
-                    if not isinstance(row, dict):
-                        raise UserError(path, f"line {number} is no JSON object", "one JSON object per line")
-                    for column in columns:
-                        if column not in row:
-                            raise UserError(
-                                where,
-                                f"names key '{column}', absent in line {number} of {path}",
-                                fix=nearest(column, row),
-                            )
-                    yield row
-    except (pa.ArrowException, json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+            yield from _json_rows(path, columns, where)
+    except (pa.ArrowException, OSError) as error:
         raise UserError(
             path, f"cannot be read ({str(error).splitlines()[0]})", "parquet, or one JSON object per line"
         ) from None
+
+
+def _json_rows(path: Path, columns: list[str], where: str) -> Iterator[dict[str, Any]]:
+    """The objects of a file of JSON lines; a byte-order mark and blank lines mean nothing."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line.decode())
+            except (ValueError, RecursionError) as error:
+                reason = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"is no JSON ({error})"
+                raise UserError(path, f"line {number} {reason}", "one JSON object per line, in UTF-8") from None
+            if not isinstance(row, dict):
+                raise UserError(path, f"line {number} is no JSON object", "one JSON object per line")
+            for column in columns:
+                if column not in row:
+                    fix = nearest(column, row)
+                    raise UserError(where, f"names key '{column}', absent in line {number} of {path}", fix=fix)
+            yield row

@@ -11,7 +11,7 @@ import pytest
 from data_prep.corpus import demo_corpus, demo_text
 from data_prep.corpus.demo_corpus import collect, write_demo_corpus
 from data_prep.corpus.demo_text import MAX_CHARS, MIN_CHARS, is_prose, pieces
-from data_prep.corpus.shards import resolve_shards
+from data_prep.corpus.find_shards import resolve_shards
 from yxanul_nemo.config.data import DEMO_SOURCES
 from yxanul_nemo.errors import UserError
 

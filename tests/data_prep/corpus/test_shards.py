@@ -1,5 +1,6 @@
 """Parquet shards as streams of documents: what is found, what is counted, what is refused, and how much memory it takes."""
 
+import gzip
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.corpus.find_shards import CONVERT
+from data_prep.corpus.shards import ShardReader
 from yxanul_nemo.errors import UserError
 
 REPOSITORY = Path(__file__).parents[3]
@@ -36,52 +38,6 @@ def read(path, **options):
     return texts or ids, rows, skipped
 
 
-# Finding shards
-
-
-def test_folder_glob_and_file_give_sorted_shards(tmp_path):
-    for name in ("b.parquet", "a.parquet", "sub/c.parquet", ".hidden.parquet", "_SUCCESS.parquet", "notes.txt"):
-        write(tmp_path / name, ["x"])
-    assert [shard.stem for shard in resolve_shards(str(tmp_path), "k")] == ["a", "b"]
-    assert [shard.stem for shard in resolve_shards(f"{tmp_path}/b*", "k")] == ["b"]
-    assert [shard.stem for shard in resolve_shards(f"{tmp_path}/**/*.parquet", "k")] == ["a", "b", "sub--c"]
-    assert [shard.path for shard in resolve_shards(f"{tmp_path}/a.parquet", "k")] == [tmp_path / "a.parquet"]
-
-
-def test_equal_names_in_two_folders_keep_apart(tmp_path):
-    write(tmp_path / "2024" / "x.parquet", ["x"])
-    write(tmp_path / "2025" / "x.parquet", ["y"])
-    assert [shard.stem for shard in resolve_shards(f"{tmp_path}/*/x.parquet", "k")] == ["2024--x", "2025--x"]
-
-
-def test_a_clash_of_output_names_is_refused(tmp_path):
-    write(tmp_path / "a" / "b.parquet", ["x"])
-    write(tmp_path / "a--b.parquet", ["y"])
-    with pytest.raises(UserError, match="both be written as a--b"):
-        resolve_shards(f"{tmp_path}/**/*.parquet", "k")
-
-
-@pytest.mark.parametrize("pattern", ["", "none", "none/*.parquet", "*.parq", "a**b/*.parquet", "data/train.parquets"])
-def test_nothing_found_names_the_key(tmp_path, monkeypatch, pattern):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match=r"^data\.sources\.web\.path: "):
-        resolve_shards(pattern, "data.sources.web.path")
-
-
-def test_a_misspelt_file_is_answered_with_the_nearest(tmp_path):
-    write(tmp_path / "train.parquet", ["x"])
-    with pytest.raises(UserError, match=r"Did you mean 'train\.parquet'"):
-        resolve_shards(f"{tmp_path}/trian.parquet", "k")
-
-
-def test_a_folder_of_folders_is_answered_with_the_glob(tmp_path):
-    write(tmp_path / "sub" / "x.parquet", ["x"])
-    with pytest.raises(UserError, match=r"\*\*/\*\.parquet") as error:
-        resolve_shards(str(tmp_path), "k")
-    assert resolve_shards(error.value.fix.split("'")[1], "k")
-
-
 # Reading text
 
 
@@ -93,6 +49,7 @@ def test_a_folder_of_folders_is_answered_with_the_glob(tmp_path):
         pa.binary(),
         pa.large_binary(),
         pa.string_view(),
+        pa.binary_view(),
         pa.dictionary(pa.int32(), pa.string()),
     ],
     ids=str,
@@ -143,7 +100,14 @@ def test_a_shard_without_rows_gives_nothing(tmp_path):
 
 @pytest.mark.parametrize(
     "kind",
-    [pa.list_(pa.int32()), pa.list_(pa.uint16()), pa.large_list(pa.int64()), pa.list_(pa.int64(), 3)],
+    [
+        pa.list_(pa.int32()),
+        pa.list_(pa.uint16()),
+        pa.large_list(pa.int64()),
+        pa.list_(pa.int64(), 3),
+        pa.list_view(pa.int32()),
+        pa.large_list_view(pa.int64()),
+    ],
     ids=str,
 )
 def test_lists_of_ids_are_read_whatever_their_type(tmp_path, kind):
@@ -162,7 +126,46 @@ def test_a_null_inside_a_list_is_refused(tmp_path):
         read(path, ids_column="ids")
 
 
+def test_columns_of_nulls_alone_are_rows_without_documents(tmp_path):
+    """Arrow gives such a shard's column the type `null`, or `list<null>` where lists are empty."""
+    path = write(tmp_path / "text.parquet", pa.array([None] * 3))
+    assert read(path) == ([], 3, [3, 0, 0])
+    path = write(tmp_path / "ids.parquet", pa.array([None, [], None], pa.list_(pa.null())), name="ids")
+    assert read(path, ids_column="ids") == ([], 3, [2, 1, 0])
+
+
 # Refusing
+
+
+@pytest.mark.parametrize(
+    ("content", "what", "fix"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+            "Git-LFS pointer",
+            "git lfs pull",
+        ),
+        (b'{"text": "a"}\n{"text": "b"}\n', "JSON lines", "write_table"),
+        (b'\xef\xbb\xbf\n {"text": "a"}\n', "JSON lines", "write_table"),
+        (b'[{"text": "a"}]', "JSON", "a line each"),
+        (b"<!DOCTYPE html><html>Sign in</html>", "web page", "Download it again"),
+        (gzip.compress(b"x" * 100), "gzip", "Unpack"),
+    ],
+)
+def test_what_is_taken_for_parquet_is_called_by_its_name(tmp_path, content, what, fix):
+    path = tmp_path / "x.parquet"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=rf"x\.parquet.*{what}") as error:
+        ShardReader(path)
+    assert fix in error.value.fix
+
+
+def test_the_way_from_json_lines_to_parquet_works(tmp_path):
+    """The command of the message, as a shell runs it."""
+    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    command = CONVERT.split("`")[1].replace("python", sys.executable, 1)
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=100)
+    assert read(tmp_path / "x.parquet")[0] == ["one", "two"]
 
 
 def test_an_absent_column_is_answered_with_those_that_fit(tmp_path):

@@ -45,7 +45,10 @@ def slurm(*arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         said = " ".join(line.strip() for line in done.stderr.splitlines() if line.strip())
-        raise UserError(f"`{' '.join(command)}`", f"ended with code {done.returncode}: {said}")
+        fix = (
+            "Does the cluster have such GPUs? cluster.gpus_per_node=0 asks for none." if "gres" in said.lower() else ""
+        )
+        raise UserError(f"`{' '.join(command)}`", f"ended with code {done.returncode}: {said}", fix=fix)
     return done.stdout
 
 

@@ -24,6 +24,7 @@ from yxanul_nemo.launch.stages import StageFailed, Stopped, run_here
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import logger
 from yxanul_nemo.run_folder import RunFolder
+from yxanul_nemo.streams import outlive_reader
 
 MAX_IDLE_RESTARTS = 3
 """Requeues in a row without any progress, after which a time limit is taken to be too short."""
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("task")
     parser.add_argument("--after")
     arguments = parser.parse_args()
+    outlive_reader()
     job = RunningJob(arguments.run_dir, Task.named(arguments.task), int(os.environ["SLURM_JOB_ID"]))
     try:
         config = job.load()

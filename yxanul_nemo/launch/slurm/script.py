@@ -97,7 +97,8 @@ def _resources(config: RunConfig, task: Task) -> dict[str, object]:
     if task.kind == "data":
         return {"nodes": 1, "ntasks-per-node": 1, "cpus-per-task": _data_cpus(cluster, per_node)}
     single = task.kind == "export"
-    gpus = min(cluster.gpus_per_node, 1) if single else cluster.gpus_per_node
+    on_node = 0 if config.parallel.device == "cpu" else cluster.gpus_per_node
+    gpus = min(on_node, 1) if single else on_node
     kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
     return {
         "nodes": 1 if single else cluster.nodes,

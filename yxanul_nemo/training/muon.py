@@ -132,6 +132,7 @@ class _Kind:
         for own, stack in self._of_stacks():
             apply_update(
                 stack.mains,
+                stack.values,
                 updates_NRC[own],
                 factors_NR[own],
                 self.kind.places,

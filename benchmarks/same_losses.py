@@ -11,6 +11,7 @@ The recipe's data must be prepared (`stage=data`), `run.dir` must be new otherwi
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -50,8 +51,14 @@ def _sum_of_losses(z_TR: Tensor, table_VR: Tensor, labels_T: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(z_TR, table_VR).float(), labels_T, reduction="sum")
 
 
-def plain_model(config: RunConfig, vocab_size: int, dtype: torch.dtype, device: torch.device) -> PlainGPT:
-    """`PlainGPT` with the weights that the product begins with, in FP32; those of a product in BF16 are rounded once."""
+def plain_model(
+    config: RunConfig, vocab_size: int, dtype: torch.dtype, device: torch.device, unscaled_residuals: bool = False
+) -> PlainGPT:
+    """`PlainGPT` with the weights that the product begins with, in FP32; those of a product in BF16 are rounded once.
+
+    Args:
+        unscaled_residuals: take back what the product's projections into the residual stream are scaled by, 1 / sqrt(2 layers).
+    """
     parallel = config.parallel.model_copy(update={"layer_spec": "torch"})
     built = build_model(config.model, vocab_size, PrecisionConfig(name="fp32"), parallel, config.run.seed)
     rounded = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
@@ -74,6 +81,11 @@ def plain_model(config: RunConfig, vocab_size: int, dtype: torch.dtype, device: 
             f"{ours}norm2.weight": weights[f"{theirs}post_attention_layernorm.weight"],
         }
     model.load_state_dict(own)
+    if unscaled_residuals:
+        with torch.no_grad():
+            for block in model.blocks:
+                for linear in (block.attention.out, block.down):
+                    linear.weight.mul_(math.sqrt(2 * config.model.num_layers))
     return model.to(device)
 
 
@@ -107,7 +119,12 @@ class PlainLoop:
 
 
 def losses_of_both(
-    config: RunConfig, steps: int, plain: str, micro_batch_tokens: int, show: Callable[[dict[str, float]], None]
+    config: RunConfig,
+    steps: int,
+    plain: str,
+    micro_batch_tokens: int,
+    show: Callable[[dict[str, float]], None],
+    unscaled_residuals: bool = False,
 ) -> list[dict[str, float]]:
     """Train the first steps of the recipe's first phase with both; a row for each step: losses, gradient norms, learning rate."""
     if config.data.document_mask or config.optim.muon is not None:
@@ -119,7 +136,7 @@ def losses_of_both(
     device = next(session.backend.model.parameters()).device
     in_bf16 = plain == "bf16"
     dtype = torch.bfloat16 if in_bf16 else torch.float32
-    model = plain_model(config, session.manifest.vocab_size, dtype, device)
+    model = plain_model(config, session.manifest.vocab_size, dtype, device, unscaled_residuals)
     if device.type == "cuda":
         for block in model.blocks:
             block.compile(dynamic=False)
@@ -155,6 +172,11 @@ def main() -> None:
         "--plain", choices=("bf16", "fp32"), default="bf16", help="number format of the plain model's products"
     )
     parser.add_argument("--micro-batch-tokens", type=int, default=8192, help="of the plain model")
+    parser.add_argument(
+        "--unscaled-residuals",
+        action="store_true",
+        help="begin the plain model with projections into the residual stream as large as other matrices: what that changes",
+    )
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     parser.add_argument("overrides", nargs="*", help="as for launcher.py")
     arguments = parser.parse_args()
@@ -172,7 +194,9 @@ def main() -> None:
         )
 
     config = parse(compose(arguments.overrides))
-    rows = losses_of_both(config, arguments.steps, arguments.plain, arguments.micro_batch_tokens, show)
+    rows = losses_of_both(
+        config, arguments.steps, arguments.plain, arguments.micro_batch_tokens, show, arguments.unscaled_residuals
+    )
     differences = torch.tensor([row["product_loss"] - row["plain_loss"] for row in rows])
     print(f"largest difference {float(differences.abs().max()):.6f}", end="")
     for last in (10, 100):

@@ -88,7 +88,7 @@ def optimizer() -> None:
     for rows, places in ((HEADS.qkv_width, torch.zeros(HEADS.qkv_width, dtype=torch.int32)), (2 * FEED_FORWARD, None)):
         main, update, of_rows = torch.zeros(1, rows, HIDDEN), bf16(1, rows, HIDDEN).detach(), torch.zeros(1, rows)
         muon_kernels.launch_mix(main, main, update, of_rows, places, scalar, applied, 0.95, True)
-        muon_kernels.launch_apply(main, update, of_rows, places, scalar, applied, 0.1, True)
+        muon_kernels.launch_apply(main, torch.empty_like(update), update, of_rows, places, scalar, applied, 0.1, True)
     gram, scale = bf16(2, HIDDEN, HIDDEN).detach(), torch.ones(2)
     for x in (bf16(2, FEED_FORWARD, HIDDEN).detach().mT, bf16(2, HIDDEN, FEED_FORWARD).detach()):
         symmetric_product.launch(x, 1.0, None, 0.0, 0.0, scale)

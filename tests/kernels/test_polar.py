@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from emerging_optimizers.orthogonalized_optimizers import muon_utils
 
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
+from emerging_optimizers.orthogonalized_optimizers import muon_utils
+
 from tests.kernels.interpreter import run_interpreted
 from yxanul_nemo.kernels import polar, symmetric_product
 from yxanul_nemo.kernels.polar import COEFFICIENTS, polar_factors

@@ -34,7 +34,8 @@ def ledger(config: RunConfig) -> Ledger:
 def state(config: RunConfig) -> tuple[bytes, str]:
     """All tensors of the newest checkpoint, weights and optimizer, and its ledger."""
     path = newest(config).path
-    return (path / WEIGHTS).read_bytes(), (path / "ledger.json").read_text()
+    files = sorted(path.glob("rank_*.safetensors"))
+    return b"".join(file.read_bytes() for file in files), (path / "ledger.json").read_text()
 
 
 def lines(config: RunConfig) -> list[dict]:

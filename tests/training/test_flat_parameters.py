@@ -117,10 +117,11 @@ def update_stacks(elements: int) -> dict[str, object]:
     for stacks in flat.stacks:
         for stack in stacks:
             stack.mains.add_(stack.grads)
+            stack.values.copy_(stack.mains)
             for part, main, grad in zip(stack.parts, stack.mains, stack.grads, strict=True):
                 assert torch.equal(part.main, main) and torch.equal(part.grad, grad)
                 assert main.shape == part.param.shape and main.data_ptr() == part.main.data_ptr()
-    flat.publish()
+    flat.publish(stacks_are_rounded=True)
     owned = [[params_index(params, part.param) for stack in stacks for part in stack.parts] for stacks in flat.stacks]
     return {"before": before, "values": [p.detach().float().numpy() for p in params], "owned": owned}
 

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+
+pytest.importorskip("triton", reason="Triton, which Emerging-Optimizers needs, is installed on Linux hosts only")
 from emerging_optimizers.orthogonalized_optimizers import muon, muon_utils
 
 from tests.ranks import run_ranks

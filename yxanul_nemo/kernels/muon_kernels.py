@@ -61,16 +61,18 @@ def mix_kernel(
 @triton.jit
 def apply_kernel(
     mains,
+    values,
     updates,
     factors,
     places,
     lr,
     applied,
-    mains_stride,
+    stride,
     n_rows,
     n_columns,
     weight_decay: tl.constexpr,
     CAUTIOUS: tl.constexpr,
+    HAS_VALUES: tl.constexpr,
     HAS_PLACES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -85,12 +87,15 @@ def apply_kernel(
             real_RC = real_R[:, None] & (column_C < n_columns)[None, :]
             there = updates + matrix * n_rows * n_columns + place_R[:, None] * n_columns + column_C[None, :]
             update_RC = tl.load(there, mask=real_RC, other=0.0).to(tl.float32) * factor_R[:, None]
-            here = mains + matrix * mains_stride + row_R[:, None] * n_columns + column_C[None, :]
-            main_RC = tl.load(here, mask=real_RC, other=0.0)
+            here_RC = matrix * stride + row_R[:, None] * n_columns + column_C[None, :]
+            main_RC = tl.load(mains + here_RC, mask=real_RC, other=0.0)
             decay_RC = weight_decay * main_RC
             if CAUTIOUS:
                 decay_RC = tl.where(main_RC * update_RC >= 0, decay_RC, 0.0)
-            tl.store(here, main_RC - rate * (update_RC + decay_RC), mask=real_RC)
+            main_RC -= rate * (update_RC + decay_RC)
+            tl.store(mains + here_RC, main_RC, mask=real_RC)
+            if HAS_VALUES:
+                tl.store(values + here_RC, main_RC.to(values.dtype.element_ty), mask=real_RC)
 
 
 def _grid(stack_NRC: Tensor) -> tuple[int, int]:
@@ -118,6 +123,7 @@ def launch_mix(
 
 def launch_apply(
     mains_NRC: Tensor,
+    values_NRC: Tensor | None,
     updates_NRC: Tensor,
     factors_NR: Tensor,
     places_R: Tensor | None,
@@ -128,7 +134,8 @@ def launch_apply(
 ) -> None:
     """As `apply_update`."""
     assert all(x.is_contiguous() for x in (mains_NRC[0], updates_NRC, factors_NR))
+    assert values_NRC is None or values_NRC.stride() == mains_NRC.stride()
     apply_kernel[_grid(mains_NRC)](
-        mains_NRC, updates_NRC, factors_NR, places_R, lr, applied,
-        mains_NRC.stride(0), *mains_NRC.shape[1:], weight_decay, cautious, places_R is not None, BLOCK_ROWS, BLOCK_COLUMNS,
+        mains_NRC, values_NRC, updates_NRC, factors_NR, places_R, lr, applied, mains_NRC.stride(0), *mains_NRC.shape[1:],
+        weight_decay, cautious, values_NRC is not None, places_R is not None, BLOCK_ROWS, BLOCK_COLUMNS,
     )  # fmt: skip

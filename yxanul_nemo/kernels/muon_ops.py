@@ -42,6 +42,7 @@ def mix_momentum(
 
 def apply_update(
     mains_NRC: Tensor,
+    values_NRC: Tensor | None,
     updates_NRC: Tensor,
     factors_NR: Tensor,
     places_R: Tensor | None,
@@ -53,13 +54,14 @@ def apply_update(
     """Subtract lr x (update x its row's factor + decay) from the weights; nothing where not `applied`.
 
     Args:
+        values_NRC: gets the weights in its dtype; None: nobody needs them.
         factors_NR: in the order of the updates' rows, as those are.
         cautious: decay a weight only where the update does not move it away from zero.
     """
     if mains_NRC.is_cuda:
         from yxanul_nemo.kernels.muon_kernels import launch_apply
 
-        launch_apply(mains_NRC, updates_NRC, factors_NR, places_R, lr, applied, weight_decay, cautious)
+        launch_apply(mains_NRC, values_NRC, updates_NRC, factors_NR, places_R, lr, applied, weight_decay, cautious)
         return
     if not applied:
         return
@@ -69,3 +71,5 @@ def apply_update(
     if cautious:
         decay_NRC = torch.where(mains_NRC * scaled_NRC >= 0, decay_NRC, 0.0)
     mains_NRC.sub_(lr * (scaled_NRC + decay_NRC))
+    if values_NRC is not None:
+        values_NRC.copy_(mains_NRC)

@@ -14,7 +14,7 @@ from yxanul_nemo.figures import count, duration, rate, size
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import table_console
 from yxanul_nemo.machine.gpus import found_gpus
-from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB
+from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB, WORKING_BYTES_PER_PARAMETER
 from yxanul_nemo.plan.plan import Plan, make_plan
 
 MAX_WIDTH = 1000
@@ -171,9 +171,10 @@ def summary_lines(plan: Plan) -> list[str]:
         speeds.setdefault(phase.tokens_per_second_source, []).append(phase.number)
     lines += [f"tokens/s, phase {_numbers(numbers)}: {source}" for source, numbers in speeds.items()]
     if plan.gpu_memory_bytes is not None:
+        per_parameter = WORKING_BYTES_PER_PARAMETER + plan.checkpoint_bytes / plan.parameters
         lines.append(
-            f"memory: estimate for one GPU, of {plan.gpu_memory_bytes / GIB:.1f} GiB; 18 bytes per parameter and, per token of a "
-            "micro-batch, what was measured on one H100"
+            f"memory: estimate for one GPU, of {plan.gpu_memory_bytes / GIB:.1f} GiB; {per_parameter:.3g} bytes per parameter and, per "
+            "token of a micro-batch, what was measured on one H100"
         )
     return lines
 

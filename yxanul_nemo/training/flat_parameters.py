@@ -45,6 +45,8 @@ class Stack:
     """FP32 [parts, *shape], of which the parts' are views."""
     grads: Tensor
     """The same of the gradients."""
+    values: Tensor | None
+    """The same of what layers compute with; None where those are the mains."""
 
 
 class FlatParameters:
@@ -94,10 +96,14 @@ class FlatParameters:
         for bucket in self.buckets:
             bucket.reduce()
 
-    def publish(self) -> None:
-        """Round the main parameters into the model's, on all ranks."""
+    def publish(self, stacks_are_rounded: bool = False) -> None:
+        """Round the main parameters into the model's, on all ranks.
+
+        Args:
+            stacks_are_rounded: each rank has seen to that for its stacks.
+        """
         for bucket in self.buckets:
-            bucket.publish()
+            bucket.publish(is_rounded=bucket.is_whole and stacks_are_rounded)
 
 
 class _Bucket:
@@ -108,7 +114,7 @@ class _Bucket:
     """
 
     def __init__(self, params: Sequence[Parameter], group: dist.ProcessGroup, is_shared: bool, whole: bool = False):
-        self.params, self.group, self.is_shared = list(params), group, is_shared
+        self.params, self.group, self.is_shared, self.is_whole = list(params), group, is_shared, whole
         shapes = [tuple(p.shape) for p in params]
         begins, share = (stack_places if whole else places)(shapes, group.size() if is_shared else 1)
         rank = group.rank() if is_shared else 0
@@ -148,7 +154,8 @@ class _Bucket:
         def stacked(share: Tensor) -> Tensor:
             return share[: count * stride].view(count, stride)[:, : shape.numel()].unflatten(1, shape)
 
-        return Stack(tuple(self.parts), stacked(self.mains), stacked(self.grads[self.own]))
+        values = None if self.values.dtype == torch.float32 else stacked(self.values[self.own])
+        return Stack(tuple(self.parts), stacked(self.mains), stacked(self.grads[self.own]), values)
 
     def add_up_gradients(self) -> None:
         """Have each gradient that a backward pass computes added to those in the bucket.
@@ -176,9 +183,9 @@ class _Bucket:
         else:
             dist.all_reduce(self.grads, group=self.group)
 
-    def publish(self) -> None:
+    def publish(self, is_rounded: bool) -> None:
         """As `FlatParameters.publish`."""
-        if self.values.dtype != torch.float32:
+        if self.values.dtype != torch.float32 and not is_rounded:
             self.values[self.own].copy_(self.mains)
         if self.is_shared:
             dist.all_gather_into_tensor(self.values, self.values[self.own], group=self.group)

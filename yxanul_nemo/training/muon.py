@@ -113,40 +113,50 @@ class _Kind:
 
     def update(self, lr: Tensor, grad_scale: Tensor, applied: Tensor) -> None:
         """As `Muon.update`."""
-        # Both in the order of the pieces' rows.
-        updates_NRC = torch.empty_like(self.momentum_NRC, dtype=self.parts[0].param.dtype)
-        factors_NR = self.momentum_NRC.new_empty(self.momentum_NRC.shape[:2])
-        places_R = self.kind.places
+        # In the order of the pieces' rows, as everything up to the weights themselves.
+        mixed_NRC = torch.empty_like(self.momentum_NRC, dtype=self.parts[0].param.dtype)
+        squares_NR = self.momentum_NRC.new_empty(self.momentum_NRC.shape[:2])
         for own, stack in self._of_stacks():
             mix_momentum(
                 stack.grads,
                 self.momentum_NRC[own],
-                updates_NRC[own],
-                factors_NR[own],
-                places_R,
+                mixed_NRC[own],
+                squares_NR[own],
+                self.kind.places,
                 grad_scale,
                 applied,
                 self.muon.momentum,
                 self.muon.nesterov,
             )
-        first = first_whole = 0
-        for pieces in self.kind.pieces:
-            rows, whole_rows = pieces.count * pieces.rows, pieces.count * self._whole_rows(pieces)
-            here, whole = slice(first, first + rows), slice(first_whole, first_whole + whole_rows)
-            squares_NW = None if self.neuron_squares_NW is None else self.neuron_squares_NW[:, whole]
-            self._orthogonalize(pieces, updates_NRC[:, here], factors_NR[:, here], squares_NW, applied)
-            first, first_whole = first + rows, first_whole + whole_rows
+        updates_NRC, factors_NR = self._orthogonalized(mixed_NRC, squares_NR, applied)
         for own, stack in self._of_stacks():
             apply_update(
                 stack.mains,
+                stack.values,
                 updates_NRC[own],
                 factors_NR[own],
-                places_R,
+                self.kind.places,
                 lr,
                 applied,
                 self.weight_decay,
                 self.muon.cautious_decay,
             )
+
+    def _orthogonalized(self, mixed_NRC: Tensor, squares_NR: Tensor, applied: Tensor) -> tuple[Tensor, Tensor]:
+        """Updates of the same shape, and what their rows are to be multiplied by [N, R]."""
+        found, first, first_whole = [], 0, 0
+        for pieces in self.kind.pieces:
+            rows, whole_rows = pieces.count * pieces.rows, pieces.count * self._whole_rows(pieces)
+            here, whole = slice(first, first + rows), slice(first_whole, first_whole + whole_rows)
+            squares_NW = None if self.neuron_squares_NW is None else self.neuron_squares_NW[:, whole]
+            found.append(
+                self._orthogonalized_pieces(pieces, mixed_NRC[:, here], squares_NR[:, here], squares_NW, applied)
+            )
+            first, first_whole = first + rows, first_whole + whole_rows
+        if len(found) == 1:
+            return found[0]
+        updates, factors = zip(*found, strict=True)
+        return torch.cat(updates, dim=1), torch.cat(factors, dim=1)
 
     def _of_stacks(self) -> Iterator[tuple[slice, Stack]]:
         """Each bucket's stack with its place among the rank's parameters."""
@@ -158,15 +168,15 @@ class _Kind:
     def _whole_rows(self, pieces: Pieces) -> int:
         return pieces.rows * (self.tensor_group.size() if self.kind.split_dim == 0 else 1)
 
-    def _orthogonalize(
+    def _orthogonalized_pieces(
         self,
         pieces: Pieces,
         mixed_NRC: Tensor,
         squares_NR: Tensor,
         neuron_squares_NW: Tensor | None,
         applied: Tensor,
-    ) -> None:
-        """Put updates in the place of `mixed_NRC`, and their rows' factors in that of the sums of squares."""
+    ) -> tuple[Tensor, Tensor]:
+        """`_orthogonalized` of some of a parameter's rows, which are matrices of one shape."""
         shape = (pieces.count, pieces.rows)
         # From here on, N counts pieces.
         local_NRC = mixed_NRC if pieces.count == 1 else mixed_NRC.unflatten(1, shape).flatten(0, 1)
@@ -181,8 +191,9 @@ class _Kind:
         else:
             of_pieces = neuron_squares_NW.unflatten(1, (pieces.count, -1))
             factors_NW = scale * _neuron_factors(whole_NWC, of_pieces, self.muon.neuron_beta, applied)
-        mixed_NRC.unflatten(1, shape).copy_(self._own(whole_NWC).unflatten(0, (-1, pieces.count)))
-        squares_NR.unflatten(1, shape).copy_(self._own_rows(factors_NW).unflatten(0, (-1, pieces.count)))
+        own = self._own(whole_NWC), self._own_rows(factors_NW)
+        updates_NRC, factors_NR = (x.contiguous().unflatten(0, (-1, pieces.count)).flatten(1, 2) for x in own)
+        return updates_NRC, factors_NR
 
     def _gathered(self, local_NRC: Tensor) -> Tensor:
         """Whole matrices from each tensor-parallel rank's part of them."""

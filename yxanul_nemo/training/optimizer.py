@@ -88,7 +88,7 @@ class MainParamOptimizer:
         for rule in self.rules:
             rule.update(grad_scale, applied)
         self.update_count += applied
-        self.flat.publish()
+        self.flat.publish(stacks_are_rounded=True)
         return norm, applied
 
     def sharded_state(self, model_state: dict[str, Any]) -> dict[str, Any]:

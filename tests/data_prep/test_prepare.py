@@ -12,9 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from data_prep.corpus import encode
 from data_prep.corpus.indexed import IndexedTokens
 from data_prep.corpus.manifest import load_manifest
-from data_prep.corpus.preparation import encode, prepare_corpus
+from data_prep.corpus.preparation import prepare_corpus
 from data_prep.prepare import describe, main, run_data_stage, training_texts
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.data import SourceConfig

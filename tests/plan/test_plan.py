@@ -79,14 +79,13 @@ def test_the_table_holds_every_phase_whole_at_any_width(tmp_path: Path, width: i
 def test_the_recipe_of_an_h100_is_planned_at_its_measured_speed(tmp_path: Path) -> None:
     """One H100, 2026-11-26 (BENCHMARKS.md): 389k tokens/s over the ten phases, 391k over the recipe's five; both were timed once more
     where they share a length."""
-    plan = plan_of(
-        tmp_path, "recipe=yxanul_197m_h100", "curriculum=h100", "plan.gpu=h100", "parallel.micro_batch_tokens=65536"
-    )
+    timed = ("recipe=yxanul_197m_h100", "optim=adamw", "plan.gpu=h100", "parallel.micro_batch_tokens=65536")
+    plan = plan_of(tmp_path, *timed, "curriculum=h100")
     assert {phase.tokens_per_second_basis for phase in plan.phases} == {"measured"}
     measured = [474.2, 475.3, 474.9, 474.8, 451.6, 443.5, 430.1, 400.4, 358.1, 336.3]
     assert [phase.tokens_per_second / 1e3 for phase in plan.phases] == pytest.approx(measured)
     assert plan.total_tokens / plan.total_seconds == pytest.approx(389.2e3, rel=1e-3)
-    plan = plan_of(tmp_path, "recipe=yxanul_197m_h100", "plan.gpu=h100", "parallel.micro_batch_tokens=65536")
+    plan = plan_of(tmp_path, *timed)
     assert plan.total_tokens / plan.total_seconds == pytest.approx(391.2e3, rel=5e-3)
     assert MEASURED_MODEL.model_copy(update={"name": MODEL_197M.name}) == MODEL_197M
 
@@ -118,6 +117,15 @@ def test_other_steps_are_forecast_from_it(
     speed = forecast_speed(MODEL_197M, 200_005, name, ParallelConfig(), H100, *step)
     assert speed.basis == "interpolated"
     assert speed.tokens_per_second == pytest.approx(measured, rel=within)
+
+
+@pytest.mark.parametrize(("seq_len", "measured"), [(128, 434.4e3), (512, 411.4e3), (1024, 381.7e3), (2048, 330.7e3)])
+def test_muon_is_forecast_from_it(seq_len: int, measured: float) -> None:
+    """Steps of 65,536 tokens with Muon, timed on an H100 (BENCHMARKS.md)."""
+    fp8, step = PrecisionConfig(name="fp8_hybrid"), (seq_len, 65_536, 1)
+    speed = forecast_speed(MODEL_197M, 200_005, fp8, ParallelConfig(), H100, *step, muon_share=1.0)
+    assert speed.basis == "interpolated"
+    assert speed.tokens_per_second == pytest.approx(measured, rel=0.02)
 
 
 def test_speed_elsewhere_is_marked_and_ordered_by_physics() -> None:

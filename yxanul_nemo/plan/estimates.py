@@ -31,6 +31,9 @@ and CUDA graph."""
 SECONDS_PER_MICRO_BATCH, SECONDS_PER_STEP = 4.4e-3, 3.0e-3
 """What a micro-batch takes whatever its size, and a step for its update: they carry the rates above over to other sizes. Fitted to steps of
 one and two micro-batches of 16,384 to 65,536 tokens on that H100 (BENCHMARKS.md), which they forecast within 2%."""
+MUON_SECONDS_PER_STEP = 6.8e-3
+"""What Muon's update of this model takes longer than AdamW's: 6.0 and 7.5 ms of steps of 65,536 tokens at 128 and 2048 tokens, in one run on
+an H100 (2026-11-27, BENCHMARKS.md)."""
 BF16_SHARE = {128: 345.5 / 437.4, 2048: 277.3 / 331.5}
 """Of FP8's speed, in BF16 with the same micro-batches: both in one run of `benchmarks/peers.py` (2026-11-26)."""
 TYPICAL_STEP = 32_768, 2
@@ -81,6 +84,7 @@ def forecast_speed(
     micro_batch_tokens: int,
     accumulation: int,
     cpu_cores: int = 1,
+    muon_share: float = 0.0,
 ) -> Speed:
     """Training speed of one rank that holds the whole model, in the layers that ranks have with this layout.
 
@@ -89,6 +93,7 @@ def forecast_speed(
         seq_len: length of the windows, in tokens.
         micro_batch_tokens: tokens of one micro-batch of this rank.
         accumulation: micro-batches of a step.
+        muon_share: share of the layers' matrices that this rank updates with Muon; 0: AdamW updates them.
     """
     flops = training_flops_per_token(model, vocab_size, seq_len)
     if gpu is None:
@@ -110,13 +115,16 @@ def forecast_speed(
     rate = share * attention_share * of_peak / (flops / _flops_per_second(seq_len) + _fixed_seconds_per_token(*step))
     if not precision.is_fp8:
         rate *= _over_lengths(BF16_SHARE, seq_len)
+    if muon_share:
+        update_seconds = muon_share * MUON_SECONDS_PER_STEP / of_peak
+        rate = 1 / (1 / rate + update_seconds / (micro_batch_tokens * accumulation))
     if (
         gpu == MEASURED_GPU
         and share * attention_share == 1
         and _same_shape(model)
         and vocab_size == MEASURED_VOCAB_SIZE
     ):
-        if precision.name == "fp8_hybrid" and FP8_TOKENS_PER_SECOND.get(seq_len, ())[:2] == step:
+        if not muon_share and precision.name == "fp8_hybrid" and FP8_TOKENS_PER_SECOND.get(seq_len, ())[:2] == step:
             return Speed(rate, "measured", f"measured on {MEASURED_ON}")
         return Speed(rate, "interpolated", f"interpolated between measurements on {MEASURED_ON}")
     peak = f"{gpu.bf16_flops_per_second / 1e12:g} TFLOP/s of BF16 ({gpu.data_sheet})"

@@ -310,6 +310,7 @@ class _Forecaster:
         """Of one rank that holds the whole model."""
         config = self.config
         cores = threads_per_process(config, min(self.ranks, process_count(config)))
+        shares = self.data_parallel if config.parallel.shares_optimizer else 1
         return forecast_speed(
             config.model,
             self.vocab_size,
@@ -320,6 +321,7 @@ class _Forecaster:
             micro_batch_tokens,
             accumulation,
             cores,
+            0.0 if config.optim.muon is None else 1 / shares,
         )
 
 

@@ -32,8 +32,8 @@ SECONDS_PER_MICRO_BATCH, SECONDS_PER_STEP = 4.4e-3, 3.0e-3
 """What a micro-batch takes whatever its size, and a step for its update: they carry the rates above over to other sizes. Fitted to steps of
 one and two micro-batches of 16,384 to 65,536 tokens on that H100 (BENCHMARKS.md), which they forecast within 2%."""
 MUON_SECONDS_PER_STEP = 6.8e-3
-"""What Muon's update of this model takes longer than AdamW's: 6.0 and 7.5 ms of steps of 65,536 tokens at 128 and 2048 tokens, in one run on
-an H100 (2026-11-27, BENCHMARKS.md)."""
+"""What Muon's update of this model takes longer than AdamW's: 6.0 and 7.5 ms in steps of 65,536 tokens at 128 and 2048 tokens, in one run
+on an H100 (2026-11-27, BENCHMARKS.md)."""
 BF16_SHARE = {128: 345.5 / 437.4, 2048: 277.3 / 331.5}
 """Of FP8's speed, in BF16 with the same micro-batches: both in one run of `benchmarks/peers.py` (2026-11-26)."""
 TYPICAL_STEP = 32_768, 2

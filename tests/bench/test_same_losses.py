@@ -27,6 +27,8 @@ def test_the_product_trains_as_plain_torch_does(prepared: Path, make_config: Mak
         "curriculum.phases.0.tokens=24576",
         "curriculum.phases.0.tokens_per_step=1024",
         "curriculum.phases.0.grad_clip=0.1",
+        "optim=adamw",
+        "optim.lr=5e-3",
         "optim.warmup_tokens=8000",
     )
     (rows,) = run_ranks(rows_of, 1, config, 300)

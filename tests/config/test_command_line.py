@@ -81,7 +81,7 @@ def typed(*arguments: str) -> RunConfig:
     return parse(compose(for_hydra([*LARGE, *arguments])))
 
 
-ALL_TEXT = st.fixed_dictionaries({key: st.text(alphabet=ODD, min_size=1) for key in TEXT_KEYS})
+ALL_TEXT = st.fixed_dictionaries({key: st.text(alphabet=ODD, min_size=1).filter(str.strip) for key in TEXT_KEYS})
 ALL_PATHS = st.fixed_dictionaries({key: st.text(alphabet=ODD.replace("$", ""), min_size=1) for key in PATH_KEYS})
 
 

@@ -21,10 +21,16 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "launcher.py", *SMALL, *map(str, arguments)]
 
 
-def launch(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a launcher to its end; its output is in `stdout`."""
+def launch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a launcher to its end, with these variables beside the test's own; its output is in `stdout`."""
     return subprocess.run(
-        command(*arguments), cwd=REPO_DIR, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command(*arguments),
+        cwd=REPO_DIR,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
 
 

@@ -190,10 +190,10 @@ def test_a_killed_launcher_leaves_no_idle_worker(run_dir: Path, tmp_path: Path) 
 
 
 def test_a_failure_of_our_own_ends_with_1_and_a_traceback(tmp_path: Path) -> None:
-    """Here a folder stands where the launcher keeps its log."""
-    (tmp_path / "run" / "logs" / "launcher.log").mkdir(parents=True)
-    done = launch("stage=train", f"run.dir={tmp_path / 'run'}")
-    assert done.returncode == 1 and "IsADirectoryError" in done.stdout and "Traceback" in done.stdout
+    """Here an installed package is broken."""
+    (tmp_path / "pyarrow.py").write_text("raise RuntimeError('a broken build')")
+    done = launch("stage=data", f"run.dir={tmp_path / 'run'}", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1 and "RuntimeError: a broken build" in done.stdout and "Traceback" in done.stdout
 
 
 def test_the_lock_waits_for_what_a_killed_launcher_has_left_and_then_gives_up(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_runs_are_compared_by_what_differs(make_run: Callable[..., RunConfig], t
     page = Page(path)
     assert page.fetched == [] and len(page.pictures) == 3
     settings = page.rows[[row[0] for row in page.rows].index("key") + 1 :]
-    assert settings == [["curriculum.phases.2.lr_scale", "1.0", "0.5"], ["optim.lr", "0.005", "0.001"]]
+    assert settings == [["curriculum.phases.2.lr_scale", "1.0", "0.5"], ["optim.lr", "0.01", "0.001"]]
     assert ["prose", "2.0000 ± 0.1000", "-"] in page.rows
 
 

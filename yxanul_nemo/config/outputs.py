@@ -132,3 +132,5 @@ class ExportConfig(Section):
     """Which checkpoint of the run is exported: latest, best, or the name of its folder."""
     factorized: bool = False
     """`hf` keeps the embedding's two small matrices, with the code that reads them in the folder, instead of a standard Llama."""
+    license: str = Field(default="apache-2.0", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")
+    """Licence of the model, for its card, as the hub abbreviates it (apache-2.0, cc-by-nc-4.0, other); the data may ask for another."""

@@ -146,6 +146,7 @@ class Exporter:
             checkpoint=self.checkpoint.path.name,
             dtype=self.config.export.dtype,
             factorized=self.config.export.factorized,
+            license_name=self.config.export.license,
             parity=parity,
             validation=find_result(self.config, self.checkpoint),
         )

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from data_prep.corpus.shards import ShardReader, resolve_shards
 from data_prep.prepare import run_data_stage
 from tests.conftest import SMALL
 from tests.fetch.hub_server import HubServer
@@ -26,6 +27,7 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.fetch.needs import text_bytes_needed
 from yxanul_nemo.fetch.stage import fetch_for_checks, fetch_sources, require_fetched
 from yxanul_nemo.hub import COMMIT
+from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.validation.files import check_domain_files, texts
 
 Configure = Callable[..., RunConfig]
@@ -40,10 +42,14 @@ def documents(first: int, count: int) -> list[str]:
     return [f"Text {first + i}: {' '.join(words[i])}." for i in range(count)]
 
 
-def parquet(values: list[str], column: str = "text") -> bytes:
+def of_table(table: pa.Table) -> bytes:
     buffer = io.BytesIO()
-    pq.write_table(pa.table({"id": list(range(len(values))), column: values}), buffer)
+    pq.write_table(table, buffer)
     return buffer.getvalue()
+
+
+def parquet(values: list[str], column: str = "text") -> bytes:
+    return of_table(pa.table({"id": list(range(len(values))), column: values}))
 
 
 def json_gz(values: list[str], column: str = "text") -> bytes:
@@ -292,3 +298,60 @@ def test_the_blend_decides_how_much_of_each_source() -> None:
     }
     # A billion tokens of 6.9 characters, and something over.
     assert 6.9e9 < total < 8e9
+
+
+def fill_as_the_recipes_name_it(hub: HubServer) -> None:
+    """The repositories of the large recipes at their pinned commits, with small files of the same names and columns."""
+
+    def add(name: str, commit: str, files: dict[str, bytes], kind: str = "dataset") -> None:
+        hub.add(name, files, kind).commit = commit
+
+    solutions = pa.table(
+        {
+            "task_id": ["HumanEval/0"],
+            "prompt": ["def double(x):\n"],
+            "canonical_solution": ["    return 2 * x\n"],
+            "test": ["def check(candidate):\n    assert candidate(2) == 4\n"],
+            "entry_point": ["double"],
+        }
+    )
+    questions = pa.table({"question": ["What is 2 + 2?"] * 3, "answer": ["#### 4"] * 3})
+    web = {f"sample/100BT/00{n}_00000.parquet": parquet(documents(n, 50)) for n in range(2)}
+    add("HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", web)
+    maths = {
+        "finemath-4plus/train-00000-of-00064.parquet": parquet(documents(5, 50)),
+        "finemath-3plus/x.parquet": b"no",
+    }
+    add("HuggingFaceTB/finemath", "e92b25a616738fe95dc186b64dfb19f9c8525594", maths)
+    code = {"file-000000000001.json.gz": json_gz(documents(6, 50), "content")}
+    add("codeparrot/codeparrot-clean", "35a59fb025bc0a102f7d96eac09d145b896d487b", code)
+    c4 = {f"en/c4-validation.0000{n}-of-00008.json.gz": json_gz(documents(n, 2500)) for n in range(2)}
+    add("allenai/c4", "1588ec454efa1a09f29cd18ddd04fe05fc8653a2", c4)
+    gsm8k = {"main/test-00000-of-00001.parquet": of_table(questions)}
+    add("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee", gsm8k)
+    humaneval = {"openai_humaneval/test-00000-of-00001.parquet": of_table(solutions)}
+    add("openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", humaneval)
+    tokenizer = {"vocab.json": b"{}", "merges.txt": b"#version: 0.2\n", "model.safetensors": bytes(2000)}
+    add("UW/OLMo2-8B-SuperBPE-t80k", "a" * 40, tokenizer, "model")
+
+
+@pytest.mark.parametrize("recipe", ["yxanul_197m_ultra", "yxanul_197m_h100"])
+def test_the_large_recipes_as_they_stand(hub: HubServer, tmp_path: Path, recipe: str) -> None:
+    fill_as_the_recipes_name_it(hub)
+    place = [f"run.dir={tmp_path / 'run'}", f"validation.dir={tmp_path / 'validation'}"]
+    config = parse(compose([f"recipe={recipe}", *place, "stage=fetch"]))
+    run_stages(config)
+    check_domain_files(config.validation)
+    require_fetched(config)
+    assert pq.read_metadata(tmp_path / "validation" / "c4_validation_2k.parquet").num_rows == 2000
+    problems = pq.read_table(tmp_path / "validation" / config.evaluate.humaneval_path)
+    assert {"prompt", "test", "entry_point"} <= set(problems.column_names)
+    for name, source in config.corpus_sources.items():
+        for shard in resolve_shards(str(source.path), name):
+            with ShardReader(shard.path, source.text_column) as reader:
+                assert reader.rows == 50
+    # The weights of the model that the tokenizer belongs to are not wanted.
+    assert [path for path in hub.downloads() if path.endswith(".safetensors")] == []
+    asked = len(hub.requests)
+    fetch_sources(config)
+    assert len(hub.requests) == asked

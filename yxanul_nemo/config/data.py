@@ -145,6 +145,12 @@ class DataConfig(Section):
         return f"chunks of {self.chunk_tokens} tokens, shuffled over {self.shuffle_tokens}"
 
     @property
+    def fetched_licenses(self) -> dict[str, str]:
+        """Data sets of the hub among the sources -> their licences."""
+        fetched = (source.hub for source in self.sources.values() if source.is_fetched)
+        return {hub.repo: hub.license for hub in fetched if hub is not None}
+
+    @property
     def source_names(self) -> tuple[str, ...]:
         """Sources in the order that fixes their place in blends."""
         return DEMO_SOURCES if self.demo_corpus else tuple(self.sources)

@@ -147,6 +147,7 @@ class Exporter:
             dtype=self.config.export.dtype,
             factorized=self.config.export.factorized,
             license_name=self.config.export.license,
+            datasets=self.config.data.fetched_licenses,
             parity=parity,
             validation=find_result(self.config, self.checkpoint),
         )

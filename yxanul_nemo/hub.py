@@ -150,7 +150,7 @@ class HubRepo:
         from huggingface_hub.errors import CacheNotFound
 
         try:
-            repos = scan_cache_dir().repos
+            repos = scan_cache_dir(cache_dir()).repos
         except CacheNotFound:
             return []
         return [

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from data_prep.corpus.shards import ShardReader, resolve_shards
+from data_prep.corpus.find_shards import resolve_shards
+from data_prep.corpus.shards import ShardReader
 from data_prep.prepare import run_data_stage
 from tests.conftest import SMALL
 from tests.fetch.hub_server import HubServer
@@ -24,7 +26,7 @@ from yxanul_nemo.config.load import CONF_DIR, REPO_DIR, compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases, tokens_per_source
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.fetch.needs import text_bytes_needed
+from yxanul_nemo.fetch.needs import text_bytes_needed, what_comes
 from yxanul_nemo.fetch.stage import fetch_for_checks, fetch_sources, require_fetched
 from yxanul_nemo.hub import COMMIT
 from yxanul_nemo.launch.stages import run_stages
@@ -132,6 +134,17 @@ def test_what_was_fetched_has_the_text_to_train_on(filled: HubServer, configure:
         assert manifest.sources[name].text_bytes("train") >= 4 * tokens
 
 
+def test_a_prepared_corpus_needs_the_cache_no_more(filled: HubServer, configure: Configure, tmp_path: Path) -> None:
+    config = configure()
+    fetch(config)
+    before = run_data_stage(config)
+    shutil.rmtree(tmp_path / "hub_cache")
+    filled.stop()
+    fetch_sources(config)
+    require_fetched(config)
+    assert run_data_stage(config) == before
+
+
 def test_the_first_rows_become_a_validation_file_with_all_columns(filled: HubServer, configure: Configure) -> None:
     config = configure()
     fetch_for_checks(config)
@@ -224,8 +237,8 @@ def test_another_data_set_in_the_folder_is_refused(filled: HubServer, configure:
 
 def test_a_damaged_record_is_refused(filled: HubServer, configure: Configure) -> None:
     fetch(configure())
-    (configure().fetched_dir / "web" / "fetched.json").write_text("{")
-    with pytest.raises(UserError, match=r"fetched.json: is damaged"):
+    (configure().fetched_dir / "web.json").write_text("{")
+    with pytest.raises(UserError, match=r"web.json: is damaged"):
         fetch(configure())
 
 
@@ -285,6 +298,16 @@ def test_the_recipes_on_the_hub_are_pinned() -> None:
         named += [domain.hub for domain in config.validation.domains.values()]
         assert named and all(hub is not None and COMMIT.fullmatch(hub.revision) for hub in named)
         assert config.data.sources["text"].is_fetched
+
+
+def test_plan_says_what_will_come_and_from_where(tmp_path: Path) -> None:
+    own = parse(compose(["data.sources.math.path=/my/own", "recipe=yxanul_197m_h100", f"validation.dir={tmp_path}"]))
+    (line,) = what_comes(own)
+    assert "HuggingFaceFW/fineweb-edu, about" in line and "Apache-2.0" in line and "c4_validation_2k.parquet" in line
+    assert "finemath" not in line
+    (tmp_path / "c4_validation_2k.parquet").touch()
+    assert "c4_validation_2k.parquet" not in what_comes(own)[0]
+    assert what_comes(parse(compose([]))) == []
 
 
 def test_the_blend_decides_how_much_of_each_source() -> None:

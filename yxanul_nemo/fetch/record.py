@@ -9,8 +9,6 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_text_atomic
 from yxanul_nemo.stored import Stored, first_problem
 
-RECORD_NAME = "fetched.json"
-
 
 class FetchedFile(Stored):
     """One file of a source."""
@@ -58,16 +56,22 @@ class FetchedSource(Stored):
 
     @classmethod
     def load(cls, folder: Path) -> "FetchedSource | None":
-        """The record in a source's folder, None if there is none; UserError if it is damaged."""
-        path = folder / RECORD_NAME
+        """The record of a source's folder, None if there is none; UserError if it is damaged."""
+        path = _record_path(folder)
         if not path.is_file():
             return None
         try:
             return cls.model_validate_json(path.read_bytes())
         except ValidationError as error:
             raise UserError(
-                path, f"is damaged ({first_problem(error)})", fix=f"Delete {folder} and fetch again."
+                path, f"is damaged ({first_problem(error)})", fix=f"Delete it and {folder}, and fetch again."
             ) from None
 
     def save(self, folder: Path) -> None:
-        write_text_atomic(folder / RECORD_NAME, self.model_dump_json(indent=2) + "\n")
+        """Write the record of a source's folder."""
+        write_text_atomic(_record_path(folder), self.model_dump_json(indent=2) + "\n")
+
+
+def _record_path(folder: Path) -> Path:
+    """Beside the folder, in which there is nothing but shards."""
+    return folder.with_name(f"{folder.name}.json")

@@ -11,22 +11,18 @@ from pathlib import Path
 
 from data_prep.corpus.manifest import MANIFEST_NAME
 from data_prep.corpus.shards import ShardReader
-from data_prep.tokenizers.tokenizer import RECORD_FILE, fetch_tokenizer
+from data_prep.tokenizers.tokenizer import fetch_tokenizer
 from yxanul_nemo.config.data import HubFiles, SourceConfig
 from yxanul_nemo.config.outputs import DomainConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.fetch.needs import text_bytes_needed
+from yxanul_nemo.fetch.needs import absent_domains, lacks_tokenizer, text_bytes_needed, text_per_byte
 from yxanul_nemo.fetch.record import FetchedFile, FetchedSource
 from yxanul_nemo.fetch.rows import JSON_ENDINGS, write_rows
 from yxanul_nemo.figures import size
 from yxanul_nemo.hub import HubFile, HubRepo, cache_dir, free_bytes
 from yxanul_nemo.log import logger
-
-TEXT_PER_BYTE = {"json": 2.5, "parquet": 1.6}
-"""Bytes of text in a byte of a file, to say before fetching how many files it will be: C4 as .json.gz, FineWeb-Edu as parquet. Counted
-afterwards."""
 
 
 def fetch_for_checks(config: RunConfig) -> None:
@@ -35,11 +31,10 @@ def fetch_for_checks(config: RunConfig) -> None:
     Raises:
         UserError: as `HubRepo`, or what came cannot be used.
     """
-    for name, domain in config.validation.domains.items():
-        if domain.hub is not None and not (config.validation.dir / str(domain.path)).is_file():
-            _fetch_domain(config.validation.dir / str(domain.path), f"validation.domains.{name}.hub", domain)
+    for name, (path, domain) in absent_domains(config).items():
+        _fetch_domain(path, f"validation.domains.{name}.hub", domain)
     tokenizer = config.tokenizer
-    if tokenizer.needs_hub and not (config.run.folder.tokenizer / RECORD_FILE).is_file():
+    if lacks_tokenizer(config):
         _say(f"tokenizer {tokenizer.name}", str(tokenizer.hub_id), tokenizer.hub_revision, tokenizer.hub_license)
         fetch_tokenizer(tokenizer)
 
@@ -144,11 +139,10 @@ class SourceFetch:
         )
 
     def _announce(self, repo: HubRepo, files: Sequence[HubFile]) -> None:
-        per_byte = TEXT_PER_BYTE["json" if files[0].path.endswith(JSON_ENDINGS) else "parquet"]
         expected, text_bytes = [], 0.0
         for file in files:
             expected.append(file)
-            text_bytes += file.size_bytes * per_byte
+            text_bytes += file.size_bytes * text_per_byte(file.path)
             if text_bytes >= self.text_bytes_needed:
                 break
         _say(f"source {self.name}", repo.name, repo.commit, self._hub.license, expected, of=len(files))
@@ -179,8 +173,16 @@ class SourceFetch:
 
 
 def require_fetched(config: RunConfig) -> None:
-    """Refuse to prepare a corpus from files that are not all fetched."""
+    """Refuse to prepare a corpus from files that are not all fetched.
+
+    A prepared one needs them no more: where the hub's cache was cleared, the links into it go as well.
+    """
     if (config.data_dir / MANIFEST_NAME).is_file():
+        for name in config.data.sources:
+            links = [path for path in (config.fetched_dir / name).glob("*.parquet") if path.is_symlink()]
+            if not all(path.exists() for path in links):
+                for path in links:
+                    path.unlink()
         return
     needed = text_bytes_needed(config)
     for name, source in config.data.sources.items():

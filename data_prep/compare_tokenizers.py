@@ -182,7 +182,7 @@ def run_compare_stage(config: RunConfig) -> list[TokenizerFigures]:
     folder = config.run.folder.tokenizer
     if not (folder / RECORD_FILE).exists():
         raise UserError(folder, "has no tokenizer yet", "the tokenizer of this run", "Make it with stage=data.")
-    sources = config.data.sources
+    sources = config.corpus_sources
     if config.data.demo_corpus:
         sources = write_demo_corpus(config.data_dir / "corpus", config.data.demo_bytes)
     fraction = config.data.heldout_fraction

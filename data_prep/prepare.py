@@ -26,7 +26,7 @@ def run_data_stage(config: RunConfig) -> CorpusManifest:
     Raises UserError for inputs that cannot be used or that differ from those of the work already done.
     """
     data_dir = config.data_dir
-    sources = config.data.sources
+    sources = config.corpus_sources
     if config.data.demo_corpus:
         sources = write_demo_corpus(data_dir / "corpus", config.data.demo_bytes)
     folder = config.run.folder.tokenizer

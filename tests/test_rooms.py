@@ -20,6 +20,7 @@ ROOMS = (
     "yxanul_nemo/export/",
     "yxanul_nemo/training/",
     "yxanul_nemo/plan/",
+    "yxanul_nemo/fetch/",
     "yxanul_nemo/validation/",
     "yxanul_nemo/checkpoint/",
     "yxanul_nemo/model/",

@@ -24,6 +24,7 @@ from yxanul_nemo.config.data import TokenizerConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.file_locks import only_process
 from yxanul_nemo.files import fingerprint, fsync_dir, sha256_file, write_json_atomic
+from yxanul_nemo.hub import HubRepo
 from yxanul_nemo.json_files import read_json_object
 from yxanul_nemo.log import logger
 
@@ -347,7 +348,7 @@ def _build(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> tuple
             max_bytes=config.train_bytes,
         )
         return Tokenizer.wrap(made, config.eos_token, config.pad_token, "train_superbpe"), {}
-    path = _fetch(config) if config.path is None else Path(config.path)
+    path = fetch_tokenizer(config) if config.path is None else Path(config.path)
     if config.kind == "superbpe":
         return Tokenizer.wrap(build_superbpe(path), config.eos_token, config.pad_token, path), _hashes(path)
     wanted = "sentencepiece" if config.kind == "sentencepiece" else "tokenizers"
@@ -361,18 +362,10 @@ def _build(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> tuple
     return tokenizer, _hashes(path)
 
 
-def _fetch(config: TokenizerConfig) -> Path:
-    """The files of `hub_id`, downloaded or from the local cache of an earlier download."""
-    import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
+def fetch_tokenizer(config: TokenizerConfig) -> Path:
+    """The folder with the files of `hub_id`, fetched or in the hub's cache already; UserError where neither can be."""
     assert config.hub_id is not None, "TokenizerConfig demands path or hub_id"
-    fix = "Download it where there is network and set tokenizer.path to the folder; private names need `hf auth login`."
-    try:
-        return Path(snapshot_download(config.hub_id, allow_patterns=[*JSON_AND_TEXT_FILES, "*.model"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, httpx.HTTPError, OSError, ValueError) as error:
-        message = str(error).strip().splitlines()[0]
-        raise UserError(
-            "tokenizer.hub_id", f"{config.hub_id} cannot be fetched ({message})", "network access to the hub", fix
-        ) from None
+    instead = "Or download it elsewhere and set tokenizer.path to its folder."
+    repo = HubRepo("tokenizer.hub_id", config.hub_id, config.hub_revision, "model", instead)
+    paths = {file.path: repo.download(file) for file in repo.files([*JSON_AND_TEXT_FILES, "*.model"])}
+    return next(path.parents[len(Path(name).parts) - 1] for name, path in paths.items())

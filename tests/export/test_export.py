@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -106,6 +107,8 @@ def test_the_model_card_has_the_runs_figures(exported: tuple[RunConfig, Checkpoi
     real_parameters = sum(p.numel() for p in model_of(config, checkpoint).parameters()) - 16 * (768 - 700)
     assert f"| {real_parameters:,} |" in card
     assert card.startswith("---\nlibrary_name: transformers")
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == config.export.license
 
 
 def test_repeating_the_stage_touches_nothing(exported: tuple[RunConfig, Checkpoint]) -> None:

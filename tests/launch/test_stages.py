@@ -35,10 +35,10 @@ def run_dir(prepared: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("stage", "expected"),
     [
-        ("all", ["data", "train", "validate", "export"]),
+        ("all", ["fetch", "data", "train", "validate", "export"]),
         ("validate", ["validate"]),
         (["export", "train"], ["train", "export"]),
-        (["export", "all", "export"], ["data", "train", "validate", "export"]),
+        (["export", "all", "export"], ["fetch", "data", "train", "validate", "export"]),
     ],
 )
 def test_stages_are_selected_in_the_order_of_the_pipeline(stage: str | list[str], expected: list[str]) -> None:

@@ -50,7 +50,10 @@ def test_a_run_that_has_all_is_let_begin(complete: Callable[..., RunConfig]) -> 
         (["data.sources.text.path=/absent"], r"^data\.sources\.text\.path: /absent does not exist"),
         (["data.sources.text.text_column=txt"], r"a\.parquet: has no column 'txt'.*one of: text"),
         (["data.sources.text.text_column=n"], r"a\.parquet: column 'n' is of type int64; expected string"),
-        (["validation.dir=/absent"], r"^validation\.domains\.english\.path: /absent/"),
+        (
+            ["validation.dir=/absent", "validation.domains.english.hub=null"],
+            r"^validation\.domains\.english\.path: /absent/",
+        ),
         (["validation.domains.english.template={txt}"], r"^validation\.domains\.english\.template: names column 'txt'"),
         (["tokenizer.path=/absent"], r"^tokenizer\.path: /absent does not exist"),
     ],
@@ -62,9 +65,22 @@ def test_what_is_missing_is_named_by_its_key(
         needs.require_all(complete(*settings))
 
 
+def test_what_can_be_fetched_is_not_missing(complete: Callable[..., RunConfig], tmp_path: Path) -> None:
+    needs.require_all(
+        complete("data.sources.text.path=null", f"validation.dir={tmp_path}/absent", "tokenizer.path=null")
+    )
+
+
 def test_all_that_is_missing_is_named_at_once(complete: Callable[..., RunConfig]) -> None:
     with pytest.raises(UserError, match=r"3 things") as caught:
-        needs.require_all(complete("phases=12", "data.sources.text.path=/absent", "validation.dir=/absent"))
+        needs.require_all(
+            complete(
+                "phases=12",
+                "data.sources.text.path=/absent",
+                "validation.dir=/absent",
+                "validation.domains.english.hub=null",
+            )
+        )
     assert all(key in str(caught.value) for key in ("phases:", "data.sources.text.path:", "validation.domains."))
 
 

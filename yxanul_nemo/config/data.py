@@ -6,6 +6,25 @@ from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import PathText, PathValue, Section
 
+CHARS_PER_TOKEN = {"superbpe_t80k": 6.9, "superbpe_t180k": 6.3}
+"""Characters per token of English web text, by the tokenizer's name; measured."""
+ASSUMED_CHARS_PER_TOKEN = 4.0
+"""For other tokenizers, until the corpus is prepared."""
+
+
+class HubFiles(Section):
+    """Files of a data set on the Hugging Face hub, which `stage=fetch` gets."""
+
+    repo: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+    """OWNER/NAME of the data set."""
+    revision: str = "main"
+    """Commit, so that the same files come every time. The commit behind a branch or tag is written down when it is fetched."""
+    files: str = Field(min_length=1)
+    """File inside the data set, or a glob; files come in the order of their names. Parquet, or one JSON object per line
+    (.json.gz, .jsonl)."""
+    license: str = Field(min_length=1)
+    """Licence in the words of the data set's page; it is shown before anything is fetched."""
+
 
 class TokenizerConfig(Section):
     """Where the tokenizer comes from. It is built once, into `run.dir/tokenizer`, and its fingerprint travels with data and checkpoints."""
@@ -19,6 +38,10 @@ class TokenizerConfig(Section):
     """Folder or file to load from (kinds superbpe, huggingface, sentencepiece)."""
     hub_id: str | None = None
     """Name on the Hugging Face hub, fetched when `path` is absent and there is network."""
+    hub_revision: str = "main"
+    """Commit, branch or tag of `hub_id`."""
+    hub_license: str | None = None
+    """Licence of `hub_id` in the words of its page; it is shown before it is fetched."""
     eos_token: str = "<|endoftext|>"
     """Token that ends each document; its text inside a document is encoded as plain text."""
     pad_token: str | None = None
@@ -49,16 +72,34 @@ class TokenizerConfig(Section):
             raise ValueError(f"kind={self.kind} needs path (a local folder or file) or hub_id")
         return self
 
+    @property
+    def needs_hub(self) -> bool:
+        """Whether its files come from the hub."""
+        return self.path is None and not self.kind.startswith("train_")
+
 
 class SourceConfig(Section):
-    """One corpus: parquet shards with text or token ids."""
+    """One corpus: parquet shards with text or token ids, your own (`path`) or fetched (`hub`)."""
 
-    path: PathText
-    """A folder with *.parquet, a glob or one file. Relative paths are taken from where the command is run."""
+    path: PathText | None = None
+    """A folder with *.parquet, a glob or one file. Relative paths are taken from where the command is run. Unset: `hub` is fetched."""
+    hub: HubFiles | None = None
+    """Data set on the Hugging Face hub, used when `path` is unset; as many of its files as the curriculum's tokens need."""
     text_column: str = "text"
     """Column with the text; other columns are ignored."""
     ids_column: str | None = None
     """Column with token ids (list<int>) to use instead of text."""
+
+    @model_validator(mode="after")
+    def _has_an_origin(self) -> "SourceConfig":
+        if self.path is None and self.hub is None:
+            raise ValueError("set path (a folder, a glob or a file) or hub (a data set to fetch)")
+        return self
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether its files come from the hub."""
+        return self.path is None
 
 
 class DataConfig(Section):
@@ -102,6 +143,12 @@ class DataConfig(Section):
     def window_order(self) -> str:
         """The order of windows in words, for the ledger; runs with other words read other windows."""
         return f"chunks of {self.chunk_tokens} tokens, shuffled over {self.shuffle_tokens}"
+
+    @property
+    def fetched_licenses(self) -> dict[str, str]:
+        """Data sets of the hub among the sources -> their licences."""
+        fetched = (source.hub for source in self.sources.values() if source.is_fetched)
+        return {hub.repo: hub.license for hub in fetched if hub is not None}
 
     @property
     def source_names(self) -> tuple[str, ...]:

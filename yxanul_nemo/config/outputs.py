@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import PathText, PathValue, Section
+from yxanul_nemo.config.data import HubFiles
 from yxanul_nemo.config.private_values import require_no_password_in_url
 
 
@@ -41,6 +42,10 @@ class DomainConfig(Section):
     """Use only the first so many documents."""
     for_source: str | None = None
     """Data source whose share `curriculum.adapt_blend` moves by this domain; unset: `source`, or the one of the domain's name."""
+    hub: HubFiles | None = None
+    """Data set on the Hugging Face hub that `stage=fetch` makes the file `path` from, where it does not exist."""
+    hub_rows: int | None = Field(default=None, ge=1)
+    """Rows that are taken from it, from its beginning; unset: all."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DomainConfig":
@@ -48,6 +53,8 @@ class DomainConfig(Section):
             raise ValueError(
                 "set either source (held-out documents of a data source) or path (a parquet or jsonl file)"
             )
+        if self.hub is not None and (self.path is None or not self.path.endswith(".parquet")):
+            raise ValueError(f"hub needs path, a name that ends with .parquet, not {self.path}")
         return self
 
 
@@ -132,3 +139,5 @@ class ExportConfig(Section):
     """Which checkpoint of the run is exported: latest, best, or the name of its folder."""
     factorized: bool = False
     """`hf` keeps the embedding's two small matrices, with the code that reads them in the folder, instead of a standard Llama."""
+    license: str = Field(default="apache-2.0", pattern=r"^[A-Za-z0-9][A-Za-z0-9.-]*$")
+    """Licence of the model, for its card, as the hub abbreviates it (apache-2.0, cc-by-nc-4.0, other); the data may ask for another."""

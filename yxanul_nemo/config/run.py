@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from yxanul_nemo.config.base import PathText, PathValue, Section
 from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
-from yxanul_nemo.config.data import DataConfig, TokenizerConfig
+from yxanul_nemo.config.data import DataConfig, SourceConfig, TokenizerConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
 from yxanul_nemo.config.stages import BenchConfig, EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig
@@ -57,7 +57,7 @@ class RunConfig(Section):
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     stage: str | list[str] = "all"
-    """Steps of the pipeline to run: all, or one or several of data, train, validate, export; or another stage alone."""
+    """Steps of the pipeline to run: all, or one or several of fetch, data, train, validate, export; or another stage alone."""
     from_: PathText | list[PathText] | None = Field(default=None, alias="from")
     """Model for stage=generate, evaluate, import and validate: a run's or checkpoint's folder, a .nemo file or a Hugging Face folder;
     validate compares two. Unset: the run's own."""
@@ -78,6 +78,19 @@ class RunConfig(Section):
     def data_dir(self) -> Path:
         """Folder with the prepared tokens."""
         return self.data.dir or self.run.folder.data
+
+    @property
+    def fetched_dir(self) -> Path:
+        """Folder with what `stage=fetch` got for the corpus, in a folder for each source."""
+        return self.data_dir / "fetched"
+
+    @property
+    def corpus_sources(self) -> dict[str, SourceConfig]:
+        """`data.sources` with the `path` of their files, fetched or not."""
+        return {
+            name: source.model_copy(update={"path": str(self.fetched_dir / name)}) if source.is_fetched else source
+            for name, source in self.data.sources.items()
+        }
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

@@ -146,6 +146,8 @@ class Exporter:
             checkpoint=self.checkpoint.path.name,
             dtype=self.config.export.dtype,
             factorized=self.config.export.factorized,
+            license_name=self.config.export.license,
+            datasets=self.config.data.fetched_licenses,
             parity=parity,
             validation=find_result(self.config, self.checkpoint),
         )

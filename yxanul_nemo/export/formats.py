@@ -76,12 +76,16 @@ def model_card(
     checkpoint: str,
     dtype: str,
     factorized: bool,
+    license_name: str,
+    datasets: Mapping[str, str],
     parity: Mapping[str, Any],
     validation: Mapping[str, Any] | None,
 ) -> str:
     """README.md of the Hugging Face folder, with the run's own figures.
 
     Args:
+        license_name: of the model, as the hub abbreviates it.
+        datasets: data sets of the hub that it was trained on -> their licences.
         parity: of this folder, as `check_parity` gives it.
         validation: of the exported checkpoint, as `validation.validate` gives it; None if it was not validated.
     """
@@ -102,9 +106,13 @@ def model_card(
         "trained on (tokens)": f"{tokens:,}",
         "recipe, checkpoint": f"`{recipe}`, `{checkpoint}`",
         "number format": dtype,
+        "licence of the model": license_name,
+        **{f"licence of the text from {name}": words for name, words in datasets.items()},
         "largest logit difference from the checkpoint": f"{max(parity['max_logit_difference'], parity['rounding_logit_difference']):.2g}",
     }
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", f"# {shape.name}", ""]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"license: {license_name}"]
+    lines += ["datasets:", *(f"- {name}" for name in datasets)] if datasets else []
+    lines += ["---", f"# {shape.name}", ""]
     lines += [
         "A GPT with grouped-query attention, RMSNorm, SwiGLU and rotary positions. " + embedding,
         "",

@@ -8,6 +8,7 @@ from yxanul_nemo.config.reference import recipes
 WIDTH = 132
 """Characters of a line."""
 PIPELINE = {
+    "fetch": "what the recipe names on the Hugging Face hub: text to train on, validation files, tokenizer; HF_ENDPOINT, HF_TOKEN, HF_HOME",
     "data": "parquet to tokenizer to Megatron .bin/.idx files with a manifest",
     "train": "the phases of the curriculum, each a process that starts from the checkpoint before it; phases=3-5 for a part",
     "validate": "bits per byte of the newest checkpoint on held-out text; from=PATH for another model, from=[A,B] compares two",
@@ -43,7 +44,7 @@ Train a small GPT through a curriculum of rising sequence lengths: from text to 
 
 Try in this order: stage=plan, stage=check, stage=all, stage=report.
 
-STAGES  all (the default) is these four; each also alone, several as 'stage=[train,export]' (quoted: shells read [])
+STAGES  all (the default) is these five; each also alone, several as 'stage=[train,export]' (quoted: shells read [])
 {_entries(PIPELINE)}
 These run alone; all but cancel and import only look:
 {_entries(LOOKING)}

@@ -24,7 +24,7 @@ class RunState:
     """The chosen stages of one run as tasks, and which of them are done.
 
     Args:
-        stages: some of data, train, validate, export.
+        stages: some of fetch, data, train, validate, export.
     """
 
     def __init__(self, config: RunConfig, stages: list[str]):
@@ -69,7 +69,7 @@ class RunState:
     def check_before_data(self, todo: list[Task]) -> None:
         """What needs no corpus; raises UserError."""
         if any(task.kind != "export" for task in todo):
-            check_domain_files(self.config.validation)
+            check_domain_files(self.config.validation, are_to_come=self.config.cluster.dry_run)
         if any(task.kind == "train" for task in todo):
             check_trackers(self.config.logging)
         if any(task.kind == "export" for task in todo):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-STAGES = ("data", "train", "validate", "export")
+STAGES = ("fetch", "data", "train", "validate", "export")
 """The stages of the pipeline, in order."""
 
 

@@ -1,4 +1,4 @@
-"""What a run needs and does not make itself, looked for before anything is spent: data, tokenizer, validation files, packages. Light."""
+"""What a run needs and neither makes nor fetches itself, looked for before anything is spent: data, validation files, packages. Light."""
 
 import importlib.util
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def missing_needs(config: RunConfig) -> list[UserError]:
     checks: list[Callable[[RunConfig], None]] = [
         check_phases,
         check_data,
-        lambda run: check_domain_files(run.validation),
+        lambda run: check_domain_files(run.validation, are_to_come=True),
         lambda run: check_trackers(run.logging),
         lambda run: check_formats(run.export),
     ]
@@ -54,6 +54,8 @@ def check_data(config: RunConfig) -> None:
         check_tokenizer(config)
         return
     for name, source in config.data.sources.items():
+        if source.is_fetched:
+            continue
         for shard in resolve_shards(source.path, f"data.sources.{name}.path"):
             with ShardReader(shard.path, source.text_column, source.ids_column):
                 pass

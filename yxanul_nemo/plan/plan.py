@@ -7,6 +7,7 @@ from typing import Any
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
 from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.store import CheckpointStore
+from yxanul_nemo.config.data import ASSUMED_CHARS_PER_TOKEN, CHARS_PER_TOKEN
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import (
     Phase,
@@ -34,9 +35,6 @@ from yxanul_nemo.plan.warnings import plan_warnings
 PLAN_VERSION = 1
 SUPERBPE_VOCAB_SIZE = 200_005
 ASSUMED_VOCAB_SIZE = 50_000
-CHARS_PER_TOKEN = {"superbpe_t80k": 6.9, "superbpe_t180k": 6.3}
-"""Of English web text; used until the corpus is prepared."""
-ASSUMED_CHARS_PER_TOKEN = 4.0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
+from yxanul_nemo.fetch.needs import what_comes
 from yxanul_nemo.figures import count, duration, rate, size
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import table_console
@@ -23,7 +24,8 @@ MAX_WIDTH = 1000
 def run_plan_stage(config: RunConfig) -> Plan:
     """Make the plan, write it and print it. Raises what `make_plan` does, and UserError if the folder cannot be written."""
     plan = make_plan(config, found_gpus())
-    plan = replace(plan, warnings=plan.warnings + disk_warnings(plan, _free_bytes(config.run.dir)))
+    notes = disk_warnings(plan, _free_bytes(config.run.dir)) + what_comes(config)
+    plan = replace(plan, warnings=plan.warnings + notes)
     path = config.run.folder.plan
     with disk_errors(config.run.dir, f"writing {path.name}"):
         write_json_atomic(path, plan.to_json())

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.curriculum.phases import Phase
 from yxanul_nemo.figures import GIB, clock, count, rate, size
@@ -207,6 +208,11 @@ def _gradient_note(run: Run) -> str:
     return f"{norms} {skipped:,.0f} of {steps:,.0f} steps were skipped because a gradient was not finite."
 
 
+def _origin(source: SourceConfig) -> str:
+    """Where a source's text is from."""
+    return source.path or f"{source.hub.repo}, {source.hub.files}"
+
+
 def _data_table(run: Run) -> Table:
     read = run.ledger.tokens_per_source if run.ledger else {}
     rows = []
@@ -219,7 +225,7 @@ def _data_table(run: Run) -> Table:
         rows.append(
             [
                 name,
-                configured.path if configured else "demo corpus",
+                _origin(configured) if configured else "demo corpus",
                 f"{source.documents('train'):,}",
                 f"{source.documents('heldout'):,}",
                 size(source.text_bytes("train")),

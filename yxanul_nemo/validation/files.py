@@ -16,15 +16,21 @@ from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.json_files import parse_json
 
 WHERE_TO_GET = "C4's validation split is allenai/c4 on the Hugging Face hub, GSM8K is openai/gsm8k, HumanEval is openai/openai_humaneval."
+HOW_TO_FETCH = "Get it with stage=fetch where there is network, or set validation.dir to the folder that has it."
 
 
-def check_domain_files(config: ValidationConfig) -> None:
+def check_domain_files(config: ValidationConfig, are_to_come: bool = False) -> None:
     """Read the first document of every domain that is a file.
+
+    Args:
+        are_to_come: whether files that `stage=fetch` gets may be absent.
 
     Raises:
         UserError: a file is absent, unreadable or empty, or its rows do not fit the template.
     """
     for name, domain in config.domains.items():
+        if are_to_come and domain.hub is not None and not (config.dir / str(domain.path)).is_file():
+            continue
         if domain.path is not None and next(texts(config, name, domain), None) is None:
             raise empty_domain(name)
 
@@ -70,7 +76,7 @@ def file_of(config: ValidationConfig, where: str, domain: DomainConfig) -> Path:
             where,
             f"{path} does not exist",
             "a parquet or jsonl file",
-            f"Set validation.dir to the folder that has it. {WHERE_TO_GET}",
+            HOW_TO_FETCH if domain.hub else f"Set validation.dir to the folder that has it. {WHERE_TO_GET}",
         )
     return path
 

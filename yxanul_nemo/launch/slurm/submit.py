@@ -14,6 +14,7 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import batch_layout, plan_phases
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.fetch.stage import fetch_for_checks, fetch_sources
 from yxanul_nemo.files import write_text_atomic
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
@@ -101,6 +102,10 @@ def missing_links(state: RunState) -> list[tuple[Task, Task | None]]:
     """
     state.store.clean_temporaries()
     todo = state.todo()
+    if "fetch" in state.stages and not state.config.cluster.dry_run:
+        # Here and not in a job: compute nodes often have no way to the hub.
+        fetch_for_checks(state.config)
+        fetch_sources(state.config)
     state.check_before_data(todo)
     data = Task("data")
     if "data" in state.stages and state.has_data:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SMALL
 from yxanul_nemo.config.conf_files import CONF_DIR, REPO_DIR
 from yxanul_nemo.launch.help import LOOKING, PIPELINE, help_text
 from yxanul_nemo.launch.lone_stages import LONE_STAGES
@@ -38,7 +39,7 @@ FRAMEWORKS = {"torch", "megatron", "nemo", "lightning", "transformers", "tokeniz
     ],
 )
 def test_what_only_looks_imports_nothing_heavy(prepared: Path, argument: str, heavy: set[str]) -> None:
-    command = [sys.executable, "-X", "importtime", "launcher.py", f"run.dir={prepared}", argument]
+    command = [sys.executable, "-X", "importtime", "launcher.py", *SMALL, f"run.dir={prepared}", argument]
     done = subprocess.run(command, cwd=REPO_DIR, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "yxanul_nemo.errors" in imported

@@ -1,6 +1,8 @@
 """Shared fixtures: configurations, and one small prepared corpus per test session."""
 
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes share the tests: one for each core, up to four, where all are run; none beside this one otherwise.
+
+    Each process imports torch and Megatron and makes the session's fixtures, which pays for many tests only. On GPUs, tests measure memory.
+    """
+    is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    return min(len(os.sched_getaffinity(0)), 4) if is_whole and visible_gpus() == 0 else 0
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In one of several processes: hand over what was tried in it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = {kind: dict(outcomes) for kind, outcomes in TRIED.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what one of several processes has tried to the rest; one that has crashed hands over nothing."""
+    for kind, outcomes in getattr(node, "workeroutput", {}).get("tried", {}).items():
+        TRIED.setdefault(kind, Counter()).update(outcomes)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -3,12 +3,14 @@
 What only looks (help, plan, status) answers at once, so everything heavy is imported where it is needed.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.machine.surroundings import keep_bytecode
 from yxanul_nemo.streams import outlive_reader
 
 TYPED = sys.argv[1:]
@@ -29,6 +31,8 @@ def main() -> None:
 
         print(help_text())
         return
+    # Before what takes long to compile.
+    keep_bytecode(os.environ)
     from yxanul_nemo.config.command_line import config_dirs_in, for_hydra, has_hydra_options, overrides_in
     from yxanul_nemo.config.conf_files import CONF_DIR
     from yxanul_nemo.config.load import compose

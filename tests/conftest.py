@@ -14,6 +14,7 @@ from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.gpus import visible_gpus
+from yxanul_nemo.machine.surroundings import keep_bytecode
 
 SMALL = (
     "data.demo_bytes=300000",
@@ -39,6 +40,11 @@ SMALL = (
     "parallel.cpu_threads=1",
 )
 """Overrides that make the demo recipe a matter of seconds."""
+
+
+def pytest_configure() -> None:
+    """Processes of the tests share what they have compiled."""
+    keep_bytecode(os.environ)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -47,8 +47,17 @@ def pytest_configure() -> None:
     keep_bytecode(os.environ)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
+def is_whole(config: pytest.Config) -> bool:
+    """Return whether no file or test is named."""
+    return config.args_source is not pytest.Config.ArgsSource.ARGS
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none; those marked `slow` are left to `-m slow` where nothing is chosen."""
+    if is_whole(config) and not config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if visible_gpus() == 0:
         for item in items:
             if item.get_closest_marker("gpu"):
@@ -60,8 +69,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
     Each process imports torch and Megatron and makes the session's fixtures, which pays for many tests only. On GPUs, tests measure memory.
     """
-    is_whole = config.args_source is not pytest.Config.ArgsSource.ARGS
-    return min(len(os.sched_getaffinity(0)), 4) if is_whole and visible_gpus() == 0 else 0
+    return min(len(os.sched_getaffinity(0)), 4) if is_whole(config) and visible_gpus() == 0 else 0
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

@@ -45,6 +45,8 @@ SMALL = (
 def pytest_configure() -> None:
     """Processes of the tests share what they have compiled."""
     keep_bytecode(os.environ)
+    # pytest-xdist tells its processes how wide the terminal is; tables in tests are as wide as in files.
+    os.environ.pop("COLUMNS", None)
 
 
 def is_whole(config: pytest.Config) -> bool:

@@ -1,16 +1,16 @@
-"""Entry point: `python launcher.py recipe=NAME stage=STAGE key=value ...`; without arguments it runs the demo from text to export."""
+"""Entry point: `python launcher.py recipe=NAME stage=STAGE key=value ...`; without arguments it runs the demo from text to export.
 
+What only looks (help, plan, status) answers at once, so everything heavy is imported where it is needed.
+"""
+
+import os
 import signal
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-import hydra
-from omegaconf import DictConfig
-
-from yxanul_nemo.config.command_line import config_dirs_in, for_hydra, overrides_in
-from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.help import help_text
-from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
+from yxanul_nemo.machine.surroundings import keep_bytecode
 from yxanul_nemo.streams import outlive_reader
 
 TYPED = sys.argv[1:]
@@ -24,10 +24,42 @@ def fail(message: object, exit_code: int) -> None:
     sys.exit(exit_code)
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
-def main(composed: DictConfig) -> None:
+def main() -> None:
+    """Do what the command line asks for."""
+    if {"--help", "-h"} & set(sys.argv):
+        from yxanul_nemo.launch.help import help_text
+
+        print(help_text())
+        return
+    # Before what takes long to compile.
+    keep_bytecode(os.environ)
+    from yxanul_nemo.config.command_line import config_dirs_in, for_hydra, has_hydra_options, overrides_in
+    from yxanul_nemo.config.conf_files import CONF_DIR
+    from yxanul_nemo.config.load import compose
+
+    try:
+        arguments = for_hydra(TYPED)
+        composed = {}
+        if not ONLY_HYDRA_CAN_READ & set(arguments):
+            # Before Hydra reads its own options, too: it ends with 1 and its own wording on a wrong override.
+            composed = compose(overrides_in(arguments), config_dirs_in(arguments))
+    except UserError as error:
+        fail(error, 2)
+    if not has_hydra_options(arguments):
+        run(composed)
+        return
+    import hydra
+
+    sys.argv[1:] = arguments
+    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(run)()
+
+
+def run(composed: Mapping[str, Any]) -> None:
     """Check the composed configuration and run its stages."""
-    # Hydra has read them in its own form.
+    from yxanul_nemo.config.load import parse
+    from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
+
+    # Hydra may have read them in its own form.
     sys.argv[1:] = TYPED
     try:
         run_stages(parse(composed))
@@ -45,14 +77,4 @@ def main(composed: DictConfig) -> None:
 
 if __name__ == "__main__":
     outlive_reader()
-    if {"--help", "-h"} & set(sys.argv):
-        print(help_text())
-        sys.exit()
-    # Hydra ends with 1 and its own wording on a wrong override; composing first lets the project's words and exit code apply.
-    try:
-        sys.argv[1:] = for_hydra(sys.argv[1:])
-        if not ONLY_HYDRA_CAN_READ & set(sys.argv):
-            compose(overrides_in(sys.argv[1:]), config_dirs_in(sys.argv[1:]))
-    except UserError as error:
-        fail(error, 2)
     main()

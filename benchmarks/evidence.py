@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from yxanul_nemo.config.load import REPO_DIR
+from yxanul_nemo.config.conf_files import REPO_DIR
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.report.gather import Run, read_run

@@ -1,6 +1,8 @@
 """Shared fixtures: configurations, and one small prepared corpus per test session."""
 
 import logging
+import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.gpus import visible_gpus
+from yxanul_nemo.machine.surroundings import keep_bytecode
 
 SMALL = (
     "data.demo_bytes=300000",
@@ -39,12 +42,49 @@ SMALL = (
 """Overrides that make the demo recipe a matter of seconds."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
+def pytest_configure() -> None:
+    """Processes of the tests share what they have compiled."""
+    keep_bytecode(os.environ)
+    # pytest-xdist tells its processes how wide the terminal is; tables in tests are as wide as in files.
+    os.environ.pop("COLUMNS", None)
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Return whether no file or test is named."""
+    return config.args_source is not pytest.Config.ArgsSource.ARGS
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none; those marked `slow` are left to `-m slow` where nothing is chosen."""
+    if is_whole(config) and not config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
     if visible_gpus() == 0:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return how many processes share the tests: one for each core, up to four, where all are run; none beside this one otherwise.
+
+    Each process imports torch and Megatron and makes the session's fixtures, which pays for many tests only. On GPUs, tests measure memory.
+    """
+    return min(len(os.sched_getaffinity(0)), 4) if is_whole(config) and visible_gpus() == 0 else 0
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In one of several processes: hand over what was tried in it."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = {kind: dict(outcomes) for kind, outcomes in TRIED.items()}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Add what one of several processes has tried to the rest; one that has crashed hands over nothing."""
+    for kind, outcomes in getattr(node, "workeroutput", {}).get("tried", {}).items():
+        TRIED.setdefault(kind, Counter()).update(outcomes)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

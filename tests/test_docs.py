@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher import config_dirs_in, overrides_in
-from yxanul_nemo.config.load import REPO_DIR, compose, parse
+from yxanul_nemo.config.command_line import config_dirs_in, overrides_in
+from yxanul_nemo.config.conf_files import REPO_DIR
+from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.launch.lone_stages import LONE_STAGES
 from yxanul_nemo.launch.stages import selected_stages

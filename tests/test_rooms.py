@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from yxanul_nemo.config.load import REPO_DIR
+from yxanul_nemo.config.conf_files import REPO_DIR
 
 ROOMS = (
     "benchmarks/",

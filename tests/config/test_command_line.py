@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from yxanul_nemo.config.base import alternatives
 from yxanul_nemo.config.command_line import annotation_of, for_hydra
-from yxanul_nemo.config.load import REPO_DIR, compose, parse
+from yxanul_nemo.config.conf_files import REPO_DIR
+from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.suggest import keys_of
 from yxanul_nemo.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from yxanul_nemo.config.load import CONF_DIR, REPO_DIR
+from yxanul_nemo.config.conf_files import CONF_DIR, REPO_DIR
 
 FOLDERS = (CONF_DIR, REPO_DIR / "benchmarks" / "conf")
 OPTIONS = (path for folder in FOLDERS for path in folder.glob("*/*.yaml") if path.parent.name != "recipe")

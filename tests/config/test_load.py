@@ -9,9 +9,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from yxanul_nemo.config.command_line import config_dirs_in
+from yxanul_nemo.config.conf_files import REPO_DIR
 from yxanul_nemo.config.load import (
     CONF_DIR,
-    REPO_DIR,
     RETIRED_KEYS,
     compose,
     load_run_config,

@@ -5,8 +5,9 @@ from math import isclose
 import pytest
 import yaml
 
+from yxanul_nemo.config.conf_files import CONF_DIR, REPO_DIR
 from yxanul_nemo.config.curriculum import CurriculumConfig
-from yxanul_nemo.config.load import CONF_DIR, REPO_DIR, compose, parse
+from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.curriculum.phases import Phase, plan_phases, tokens_per_source, total_tokens
 
 LENGTHS = [8, 16, 32, 64, 128, 256, 512, 768, 1536, 2048]

@@ -107,6 +107,7 @@ def test_ranges_fill_the_gpu_for_few_tokens_and_are_not_used_for_many():
 TRAINED_STEPS, TRAINED_LOSS = 60, 5.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_the_head_of_a_trained_model_and_all_else_in_the_interpreter(device, tmp_path):
     """On a CPU in FP32, the rest with it because a process is needed; on a GPU in BF16."""

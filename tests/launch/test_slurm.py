@@ -21,10 +21,13 @@ from yxanul_nemo.launch.slurm.record import ChainRecord, JobNote
 from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.launch.status import Row, show_status, status_rows
 
-pytestmark = pytest.mark.skipif(
-    bool(missing_programs()),
-    reason=f"needs Slurm (apt-get install slurm-wlm munge): no {', '.join(missing_programs())}",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        bool(missing_programs()),
+        reason=f"needs Slurm (apt-get install slurm-wlm munge): no {', '.join(missing_programs())}",
+    ),
+]
 ON_CPUS = ("cluster=slurm", "cluster.gpus_per_node=0", "parallel.device=cpu")
 PATIENCE_SECONDS = 900
 STEPS = {1: 8, 2: 6, 3: 8}

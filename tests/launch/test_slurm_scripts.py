@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from yxanul_nemo.checkpoint.store import CheckpointStore
-from yxanul_nemo.config.load import REPO_DIR, compose, parse
+from yxanul_nemo.config.conf_files import REPO_DIR
+from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.slurm.job import RunningJob

@@ -1,12 +1,14 @@
 """Containers with odd users, homes that are read-only or absent, and variables left by other launchers."""
 
 import os
+import py_compile
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from yxanul_nemo.config.conf_files import REPO_DIR
 from yxanul_nemo.machine.surroundings import CACHES, make_bearable, without_place
 
 
@@ -86,3 +88,25 @@ def test_a_folder_that_somebody_else_could_fill_is_not_taken(monkeypatch: pytest
         "elsewhere" not in str(Path(variables["HOME"]).resolve())
         and Path(variables["HOME"]).stat().st_mode & 0o077 == 0
     )
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_bytecode_is_kept_in_a_cache_where_there_is_none(is_compiled: bool, tmp_path: Path) -> None:
+    """A package in torch's place, and a process that is told to keep no bytecode, as its child is."""
+    sources, home = tmp_path / "sources", tmp_path / "home"
+    (sources / "torch").mkdir(parents=True)
+    home.mkdir()
+    (sources / "torch" / "__init__.py").write_text("")
+    if is_compiled:
+        compiled = f"__pycache__/__init__.{sys.implementation.cache_tag}.pyc"
+        py_compile.compile(str(sources / "torch" / "__init__.py"), str(sources / "torch" / compiled))
+    before = sorted(sources.rglob("*"))
+    program = (
+        "import os, subprocess, sys; from yxanul_nemo.machine.surroundings import keep_bytecode; keep_bytecode(os.environ);"
+        "import calendar; subprocess.run([sys.executable, '-c', 'import torch'], check=True)"
+    )
+    variables = {"HOME": str(home), "PYTHONPATH": f"{REPO_DIR}:{sources}", "PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", program], env=variables, check=True)
+    kept = {path.name.partition(".")[0] for path in home.rglob("*.pyc")}
+    assert kept >= {"calendar", "__init__"} if not is_compiled else kept == set()
+    assert sorted(sources.rglob("*")) == before

@@ -14,7 +14,8 @@ from data_prep.corpus.manifest import load_manifest
 from yxanul_nemo.checkpoint.identity import expected_run, phase_plan
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.store import CheckpointStore
-from yxanul_nemo.config.load import CONF_DIR, REPO_DIR, compose, parse
+from yxanul_nemo.config.conf_files import CONF_DIR, REPO_DIR
+from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig

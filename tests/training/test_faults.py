@@ -53,6 +53,7 @@ def test_kills_at_random_lines_change_nothing(
     assert_equal_runs(config, straight)
 
 
+@pytest.mark.slow
 def test_a_hundred_kills_at_random_moments_change_nothing(make_run: MakeRun, straight: RunConfig) -> None:
     """A checkpoint after each step, and a kill within the first 0.7 s of each process, whatever it does then; on a slow machine some more.
 

@@ -27,6 +27,7 @@ OPTIONS_WITH_VALUE = {
     "--config-dir",
     "-cd",
 }
+CONFIG_DIRS = ("--config-dir", "-cd")
 SWEEPS = {"-m", "--multirun"}
 _VALUE = r"""\s*(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)"|([^,]*))\s*(?:,|\Z)"""
 PART = re.compile(_VALUE, re.DOTALL)
@@ -43,11 +44,16 @@ def overrides_in(arguments: Sequence[str]) -> list[str]:
 
 def config_dirs_in(arguments: Sequence[str]) -> list[Path]:
     """Folders of `--config-dir`, whose options are valid beside those of `conf/`."""
-    names = ("--config-dir", "-cd")
-    after = [arguments[i + 1] for i, argument in enumerate(arguments[:-1]) if argument in names]
+    after = [arguments[i + 1] for i, argument in enumerate(arguments[:-1]) if argument in CONFIG_DIRS]
     return [
         Path(folder) for folder in after + [a.partition("=")[2] for a in arguments if a.startswith("--config-dir=")]
     ]
+
+
+def has_hydra_options(arguments: Sequence[str]) -> bool:
+    """Return whether there are options that only Hydra's own command line knows, such as `--cfg job`."""
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    return not set(options) <= set(CONFIG_DIRS)
 
 
 def for_hydra(arguments: Sequence[str]) -> list[str]:

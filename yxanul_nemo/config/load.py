@@ -14,14 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from yxanul_nemo.config.base import Section
+from yxanul_nemo.config.conf_files import CONF_DIR
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.suggest import keys_of, suggest_argument, suggest_key
 from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.stored import Problem, first_problem
 from yxanul_nemo.unpacking.safe_config import read_plain
 
-REPO_DIR = Path(__file__).resolve().parents[2]
-CONF_DIR = REPO_DIR / "conf"
 OF_ONE_COMMAND = {"from_", "prompt"}
 """Fields that say nothing of a run."""
 FILE_WIDTH = 120

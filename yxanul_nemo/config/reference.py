@@ -1,6 +1,5 @@
 """`docs/config.md` from the schema and the files of `conf/`: `python -m yxanul_nemo.config.reference` writes it."""
 
-import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from yxanul_nemo.config.load import CONF_DIR, REPO_DIR
+from yxanul_nemo.config.conf_files import CONF_DIR, REPO_DIR, first_comment, recipes
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.files import write_text_atomic
 
@@ -42,27 +41,6 @@ def reference() -> str:
             parts.append(_options(name))
         parts.append(_table(_leaves(section, f"{name}.")))
     return "\n".join(parts)
-
-
-def first_comment(path: Path) -> str:
-    """What a file of `conf/` says it is for."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    comments = []
-    for line in lines:
-        if line.startswith("# @package"):
-            continue
-        if not line.startswith("# "):
-            break
-        comments.append(line[2:].strip())
-    return re.split(r"(?<=\.) ", " ".join(comments), maxsplit=1)[0].rstrip(".")
-
-
-def recipes() -> dict[str, str]:
-    """Each recipe with its description."""
-    found = {}
-    for path in sorted((CONF_DIR / "recipe").glob("*.yaml")):
-        found[path.stem] = yaml.safe_load(path.read_text(encoding="utf-8"))["run"]["description"]
-    return found
 
 
 def _recipes() -> str:

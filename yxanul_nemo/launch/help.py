@@ -2,8 +2,7 @@
 
 import textwrap
 
-from yxanul_nemo.config.load import CONF_DIR
-from yxanul_nemo.config.reference import recipes
+from yxanul_nemo.config.conf_files import CONF_DIR, recipes
 
 WIDTH = 132
 """Characters of a line."""

@@ -1,7 +1,6 @@
 """What of a run is done, by what lies in its folder, and what can be checked before any of the rest is spent. Light."""
 
 from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
-from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
 from yxanul_nemo.config.differences import SHAPES, differences
@@ -9,7 +8,6 @@ from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.gguf_rules import require_expressible
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.plan.needs import check_formats, check_tokenizer, check_trackers
@@ -88,6 +86,9 @@ class RunState:
         if any(task.kind != "export" for task in todo):
             check_heldout(config.validation, manifest)
         if any(task.kind == "export" for task in todo) and "gguf" in config.export.formats:
+            from data_prep.tokenizers.tokenizer import Tokenizer
+            from yxanul_nemo.export.gguf_rules import require_expressible
+
             folder = config.run.folder.tokenizer
             require_expressible(Tokenizer.load(folder), folder)
         if "train" not in self.stages:

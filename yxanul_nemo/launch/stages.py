@@ -5,7 +5,6 @@ import signal
 import time
 from typing import Any
 
-from data_prep.prepare import run_data_stage
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import selected_phases
@@ -144,6 +143,9 @@ class Chain:
                 self._write_records()
             if todo:
                 self.workers.start_ahead()
+            # Late, so that stages which only look do without what reads and encodes text.
+            from data_prep.prepare import run_data_stage
+
             run_data_stage(self.config)
         if todo or ("train" in self.stages and has_data):
             state.check_with_data(todo)

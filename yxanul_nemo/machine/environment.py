@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from yxanul_nemo.config.load import REPO_DIR
+from yxanul_nemo.config.conf_files import REPO_DIR
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.json_files import parse_json
 

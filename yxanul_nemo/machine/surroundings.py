@@ -1,9 +1,11 @@
 """What a process finds around it and may not be good for it: variables of other launchers, homes that cannot be written, busy cores."""
 
+import importlib.util
 import os
 import pwd
 import re
 import stat
+import sys
 import tempfile
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -21,6 +23,26 @@ CACHES = {
     "MPLCONFIGDIR": (".config", "matplotlib"),
 }
 """Variable that moves a library's cache -> where the cache is below the home folder (nothing: elsewhere, under the user's name)."""
+BYTECODE_CACHE = (".cache", "yxanul", "bytecode")
+"""The same for `keep_bytecode`."""
+
+
+def keep_bytecode(variables: MutableMapping[str, str]) -> None:
+    """Have this process and those that it starts keep the bytecode of what they import in a cache, where Python is told to keep none.
+
+    `PYTHONDONTWRITEBYTECODE` keeps folders of sources clean, which stays so. But where nothing was compiled at installation either, each
+    process compiles torch and Megatron anew, which is more than half of a worker's start.
+    """
+    if not variables.get("PYTHONDONTWRITEBYTECODE") or variables.get("PYTHONPYCACHEPREFIX"):
+        return
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None or Path(importlib.util.cache_from_source(torch.origin)).exists():
+        return
+    home = Path(variables.get("HOME") or _home_by_account() or "/nonexistent")
+    folder = home.joinpath(*BYTECODE_CACHE) if _can_write(home) else _own_folder() / "bytecode"
+    del variables["PYTHONDONTWRITEBYTECODE"]
+    variables["PYTHONPYCACHEPREFIX"] = str(folder)
+    sys.dont_write_bytecode, sys.pycache_prefix = False, str(folder)
 
 
 def without_place(variables: MutableMapping[str, str]) -> dict[str, str]:
@@ -32,11 +54,13 @@ def make_bearable(variables: MutableMapping[str, str]) -> list[str]:
     """Set what is missing for the libraries of this process and of those that it starts; what is set already stays.
 
     - Threads of OpenMP sleep while they wait: on cores that others use too, those that spin keep the last one from its work.
+    - Bytecode is kept (`keep_bytecode`).
     - Caches lie where they can be written, and a user without a name has one, by which libraries name folders.
 
     Returns:
         One sentence for each thing that the user may want to know.
     """
+    keep_bytecode(variables)
     variables.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         pwd.getpwuid(os.getuid())

@@ -21,7 +21,8 @@ def test_auto_fills_the_memory_of_each_gpu_and_no_more(recipe: str, gpu) -> None
     rows = config.model.padded_vocab_size(200_005)
 
     def needed(tokens: int) -> float:
-        return forecast_memory_bytes(config.model, rows, config.precision, config.parallel, tokens)
+        with_muon = config.optim.muon is not None
+        return forecast_memory_bytes(config.model, rows, config.precision, config.parallel, tokens, with_muon=with_muon)
 
     assert needed(tokens) <= COMFORTABLE_SHARE * gpu.memory_bytes
     assert tokens == MOST_MICRO_BATCH_TOKENS or needed(tokens + 1) > COMFORTABLE_SHARE * gpu.memory_bytes

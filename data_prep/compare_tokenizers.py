@@ -21,12 +21,13 @@ from data_prep.corpus.find_shards import resolve_shards
 from data_prep.corpus.shards import ShardReader
 from data_prep.prepare import training_texts
 from data_prep.tokenizers.superbpe import build_superbpe
-from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer, build_tokenizer, named_specials
+from data_prep.tokenizers.tokenizer import Tokenizer, build_tokenizer, named_specials
 from yxanul_nemo.config.data import SourceConfig, TokenizerConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import configure_logging, logger
+from yxanul_nemo.run_folder import TOKENIZER_RECORD
 from yxanul_nemo.streams import outlive_reader
 
 CONTROL = "plain BPE (control)"
@@ -180,7 +181,7 @@ def run_compare_stage(config: RunConfig) -> list[TokenizerFigures]:
     Writes `run.dir/tokenizer_comparison/`. UserError if `stage=data` has not made the tokenizer yet or nothing is held out.
     """
     folder = config.run.folder.tokenizer
-    if not (folder / RECORD_FILE).exists():
+    if not (folder / TOKENIZER_RECORD).exists():
         raise UserError(folder, "has no tokenizer yet", "the tokenizer of this run", "Make it with stage=data.")
     sources = config.corpus_sources
     if config.data.demo_corpus:

@@ -27,9 +27,8 @@ from yxanul_nemo.files import fingerprint, fsync_dir, sha256_file, write_json_at
 from yxanul_nemo.hub import HubRepo
 from yxanul_nemo.json_files import read_json_object
 from yxanul_nemo.log import logger
+from yxanul_nemo.run_folder import TOKENIZER_RECORD
 
-RECORD_FILE = "fingerprint.json"
-"""Written into a saved folder: the fingerprint, the special tokens, and what the tokenizer was built from."""
 RECORD_TYPES = {
     "fingerprint": str,
     "eos_token": str,
@@ -82,7 +81,7 @@ class Tokenizer:
         path = Path(path)
         named = named_specials(path)
         eos_token = eos_token or named.get("eos_token")
-        library = open_library(path, _recorded_library(path / RECORD_FILE))
+        library = open_library(path, _recorded_library(path / TOKENIZER_RECORD))
         if eos_token is None:
             raise UserError(path, "does not say which token ends a document", "eos_token", "Set tokenizer.eos_token.")
         return cls(library, eos_token, pad_token or named.get("pad_token"), path)
@@ -169,7 +168,7 @@ class Tokenizer:
                 **specials,
             },
         )
-        write_json_atomic(folder / RECORD_FILE, self.record())
+        write_json_atomic(folder / TOKENIZER_RECORD, self.record())
 
     def record(self) -> dict[str, Any]:
         """What identifies the tokenizer, JSON-able."""
@@ -235,7 +234,7 @@ def build_tokenizer(config: TokenizerConfig, folder: Path, texts: Callable[[], I
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if (folder / RECORD_FILE).exists():
+    if (folder / TOKENIZER_RECORD).exists():
         # It is complete as soon as it has its name, so that reading it needs no lock and no right to write.
         return _reuse(config, folder)
     with only_process(folder.with_name(f".{folder.name}.lock"), wait=True):
@@ -263,7 +262,7 @@ def save_new(tokenizer: Tokenizer, folder: Path, settings: dict[str, Any], sourc
         shutil.rmtree(temporary)
     temporary.mkdir()
     tokenizer.save(temporary)
-    write_json_atomic(temporary / RECORD_FILE, tokenizer.record() | {"settings": settings, "source": source})
+    write_json_atomic(temporary / TOKENIZER_RECORD, tokenizer.record() | {"settings": settings, "source": source})
     for file in temporary.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
@@ -286,11 +285,13 @@ def _settings(config: TokenizerConfig) -> dict[str, Any]:
 
 def _reuse(config: TokenizerConfig, folder: Path) -> Tokenizer:
     fix = "Give another run.dir, or remove this folder to build it again."
-    if not (folder / RECORD_FILE).exists():
-        raise UserError(folder, f"holds files but no {RECORD_FILE}", "a tokenizer of this project, or nothing", fix)
-    record = read_json_object(folder / RECORD_FILE, "the record of this tokenizer", fix)
+    if not (folder / TOKENIZER_RECORD).exists():
+        raise UserError(
+            folder, f"holds files but no {TOKENIZER_RECORD}", "a tokenizer of this project, or nothing", fix
+        )
+    record = read_json_object(folder / TOKENIZER_RECORD, "the record of this tokenizer", fix)
     if any(key not in record or not isinstance(record[key], kinds) for key, kinds in RECORD_TYPES.items()):
-        raise UserError(folder / RECORD_FILE, "is not the record of a tokenizer built for a run", "", fix)
+        raise UserError(folder / TOKENIZER_RECORD, "is not the record of a tokenizer built for a run", "", fix)
     asked = _settings(config)
     # A setting that came after this tokenizer was built has the value under which it was built.
     defaults = {

@@ -22,7 +22,8 @@ from data_prep.corpus.shards import ShardReader
 from data_prep.prepare import run_data_stage
 from tests.conftest import SMALL
 from tests.fetch.hub_server import HubServer
-from yxanul_nemo.config.load import CONF_DIR, REPO_DIR, compose, parse
+from yxanul_nemo.config.conf_files import CONF_DIR, REPO_DIR
+from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases, tokens_per_source
 from yxanul_nemo.errors import UserError

@@ -169,7 +169,7 @@ def test_a_finished_run_cannot_become_another(runs: Runs) -> None:
     before = runs.files()
     done = launch("stage=all", f"run.dir={runs.run_dir}", "optim.lr=1e-3")
     assert done.returncode == 2 and "it is of another run: config: " in done.stdout, done.stdout
-    assert "Settings that differ: optim.lr (0.005 there, 0.001 here)" in done.stdout
+    assert "Settings that differ: optim.lr (0.01 there, 0.001 here)" in done.stdout
     done = launch("stage=all", f"run.dir={runs.run_dir}", "model.ffn_hidden_size=128")
     assert done.returncode == 2 and "model.ffn_hidden_size (64 there, 128 here)" in done.stdout
     assert "Restore model.ffn_hidden_size" in done.stdout and "allow_mismatch=[model]" not in done.stdout

@@ -201,9 +201,9 @@ def test_another_run_is_refused_by_name(in_phase_2: RunConfig, make_config: Make
         ("model.ffn_hidden_size=32",): r"model: .*allow_mismatch=\[model\]",
         ("optim.lr=1e-3",): r"config: .*allow_mismatch=\[config\]",
         (
-            "optim=muon",
-        ): r"optimizer: the checkpoint was trained with optim=adamw, the run says muon.*cannot change \(optimizer\)",
-        ("optim=muon", "checkpoint.allow_mismatch=[config]"): r"optimizer: the checkpoint was trained with optim=adamw",
+            "optim=adamw",
+        ): r"optimizer: the checkpoint was trained with optim=muon, the run says adamw.*cannot change \(optimizer\)",
+        ("optim=adamw", "checkpoint.allow_mismatch=[config]"): r"optimizer: the checkpoint was trained with optim=muon",
         ("data.seed=1",): "config: ",
         ("checkpoint.allow_mismatch=[confg]",): r"checkpoint\.allow_mismatch: no such field 'confg'.*'config'",
     }

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from data_prep.corpus.manifest import MANIFEST_NAME
-from data_prep.tokenizers.tokenizer import RECORD_FILE
 from yxanul_nemo.config.data import ASSUMED_CHARS_PER_TOKEN, CHARS_PER_TOKEN
 from yxanul_nemo.config.outputs import DomainConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases, tokens_per_source
 from yxanul_nemo.figures import size
+from yxanul_nemo.run_folder import TOKENIZER_RECORD
 
 TEXT_PER_BYTE = {"json": 2.5, "parquet": 1.6}
 """Bytes of text in a byte of a file, to say before fetching how much it will be: C4 as .json.gz, FineWeb-Edu as parquet. Counted
@@ -43,7 +43,7 @@ def absent_domains(config: RunConfig) -> dict[str, tuple[Path, DomainConfig]]:
 
 def lacks_tokenizer(config: RunConfig) -> bool:
     """Whether the tokenizer's files are to be fetched."""
-    return config.tokenizer.needs_hub and not (config.run.folder.tokenizer / RECORD_FILE).is_file()
+    return config.tokenizer.needs_hub and not (config.run.folder.tokenizer / TOKENIZER_RECORD).is_file()
 
 
 def what_comes(config: RunConfig) -> list[str]:

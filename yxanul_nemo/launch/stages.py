@@ -10,7 +10,6 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError, nearest
-from yxanul_nemo.fetch.stage import fetch_for_checks, fetch_sources, require_fetched
 from yxanul_nemo.files import write_json_atomic, write_text_atomic
 from yxanul_nemo.launch.interrupts import BY_HAND, Interrupted, StopSignals
 from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
@@ -132,6 +131,9 @@ class Chain:
                 "Repeat the command that began this chain; it does what is missing.",
             )
         todo, has_data = state.todo(), state.has_data
+        # It imports the tokenizers' libraries, which commands that only look do not need.
+        from yxanul_nemo.fetch.stage import fetch_for_checks, fetch_sources, require_fetched
+
         if "fetch" in self.stages and (todo or not state.tasks):
             fetch_for_checks(self.config)
         state.check_before_data(todo)

@@ -16,13 +16,14 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
-from data_prep.tokenizers.tokenizer import RECORD_FILE, Tokenizer
+from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.json_files import MAX_TOKENIZER_BYTES, read_json
 from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.model.whole_weights import require_weights, weight_shapes
+from yxanul_nemo.run_folder import TOKENIZER_RECORD
 from yxanul_nemo.stored import Stored, first_problem
 from yxanul_nemo.unpacking.safe_config import MAX_CONFIG_BYTES, read_config
 from yxanul_nemo.unpacking.safe_pickle import pickled_problems
@@ -98,7 +99,7 @@ def load_tokenizer(part: TokenizerPart, files: Mapping[str, Path], where: object
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write_json_atomic(folder / RECORD_FILE, {"library": part.library})
+        write_json_atomic(folder / TOKENIZER_RECORD, {"library": part.library})
         try:
             for key, source in files.items():
                 place = folder / TOKENIZER_FILES[key]

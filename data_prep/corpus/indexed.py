@@ -190,7 +190,7 @@ def _damaged(path: Path, problem: str, expected: str = "") -> UserError:
 
 @dataclass(frozen=True)
 class _Header:
-    """What is known of an .idx without reading it as a whole."""
+    """Facts about an .idx that its header and its last sequence tell."""
 
     dtype: np.dtype
     sequences: int

@@ -1,4 +1,4 @@
-"""What a run reads: every token once in an epoch, in one order, whatever the lengths, phases, ranks and micro-batches."""
+"""The windows that a run reads: every token once in an epoch, in one order, whatever the lengths, phases, ranks and micro-batches."""
 
 from collections import Counter
 from pathlib import Path

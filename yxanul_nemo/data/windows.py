@@ -1,5 +1,6 @@
 """Windows of a phase: inputs and labels read from the sources, and the batches that ranks get of them."""
 
+import itertools
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,7 @@ class PhaseWindows:
         self.blends = [Blend(reading.shares) for reading in readings]
         # [readings, sources]: windows of each source before a reading begins.
         before = [np.zeros(len(sources), np.int64)]
-        for reading, after, blend in zip(readings, readings[1:], self.blends, strict=False):
+        for (reading, after), blend in zip(itertools.pairwise(readings), self.blends[:-1], strict=True):
             before.append(before[-1] + blend.windows_before(after.first_window - reading.first_window))
         self._before = np.stack(before)
         ends = [

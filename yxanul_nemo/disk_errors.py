@@ -49,9 +49,10 @@ def disk_errors(where: Path, doing: str, fix: str = "", also: tuple[type[Excepti
         also: exceptions by which a library reports the same, such as `safetensors.SafetensorError`; libraries written in
             Rust end their text with `(os error <errno>)`.
     """
+    caught: tuple[type[Exception], ...] = (OSError, *also)
     try:
         yield
-    except (OSError, *also) as error:
+    except caught as error:
         raise disk_error(_as_os_error(error), where, doing, fix) from error
 
 

@@ -64,13 +64,14 @@ class HubRepo:
     def files(self, patterns: Sequence[str]) -> list[HubFile]:
         """The files that match one of the patterns, in the order of their names; those in the cache where there is no network."""
         from huggingface_hub import HfApi
+        from huggingface_hub.hf_api import RepoFile
 
         def listed() -> list[HubFile]:
             entries = HfApi().list_repo_tree(self.name, recursive=True, revision=self.commit, repo_type=self.kind)
             return [
                 HubFile(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
                 for entry in entries
-                if hasattr(entry, "blob_id")
+                if isinstance(entry, RepoFile)
             ]
 
         everything = self._from_hub(listed) if not self.offline else None

@@ -143,8 +143,9 @@ def running_launcher(run_dir: Path) -> "Owner | None":
         owner, held = Owner.read(fd), _is_held(os.fstat(fd))
     finally:
         os.close(fd)
-    here = owner is not None and owner.host == socket.gethostname()
-    return owner if held and here and not owner.is_gone() else None
+    if owner is None or owner.host != socket.gethostname() or owner.is_gone():
+        return None
+    return owner if held else None
 
 
 def _is_held(file: os.stat_result) -> bool:

@@ -25,7 +25,7 @@ NOISY_LOGGERS = (
 )
 
 
-class _LogFile(logging.StreamHandler):
+class _LogFile(logging.StreamHandler[io.TextIOWrapper]):
     """Appends to a file, as `logging.FileHandler` does, which would follow a symbolic link."""
 
     def __init__(self, path: Path):

@@ -4,6 +4,7 @@ import io
 import os
 import select
 import sys
+from collections.abc import Buffer
 from pathlib import Path
 
 STANDARD = {0: os.O_RDONLY, 1: os.O_WRONLY, 2: os.O_WRONLY}
@@ -31,7 +32,7 @@ class _Stream(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._fd)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Buffer) -> int:
         return _write(self._fd, bytes(data))
 
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
@@ -12,7 +12,7 @@ from yxanul_nemo.files import fingerprint, read_bounded, require_inside, sha256_
 from yxanul_nemo.stored import Stored, first_problem
 
 MANIFEST_NAME = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION: Final = 1
 SPLIT_RULE = (
     "held out if BLAKE2b of the document with a digest size of 8 bytes (another function than the first 8 bytes of a longer digest), "
     "read as a big-endian number, is below heldout_fraction * 2**64; the document is its UTF-8 text, or its ids without the last "

@@ -20,10 +20,10 @@ def pattern_problem(pattern: str) -> str:
     if len(pattern) > MOST_CHARS:
         return f"has more than {MOST_CHARS} characters"
     # Of each open group, the outermost first: whether it can match in several ways, and how many copies of it there are.
-    varies, copies = [False], [1]
+    varies, copies = [False], [1.0]
     place = 0
     while place < len(pattern):
-        varied, copied, end = False, 1, place + 1
+        varied, copied, end = False, 1.0, place + 1
         sign = pattern[place]
         if sign == "\\":
             if _BACKWARD.match(pattern, place):

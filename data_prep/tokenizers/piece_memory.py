@@ -28,7 +28,7 @@ def short_keys(text: np.ndarray, starts: np.ndarray, sizes: np.ndarray) -> np.nd
 class PieceMemory:
     """Numbers for pieces, and the ids of each."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._keys = np.zeros((2, 1 << SLOT_BITS), dtype=np.uint64)
         self._numbers = np.full(1 << SLOT_BITS, _EMPTY, dtype=np.int32)
         self.clear()

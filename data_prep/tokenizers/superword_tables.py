@@ -99,7 +99,9 @@ def join_places(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 def _may_join(left: Sequence[int], right: Sequence[int], made: Sequence[int]) -> np.ndarray:
     """The table for merges of `left` and `right` to `made`: the pairs that lie side by side in some token that they make."""
     table = np.zeros(1 << JOIN_BITS, dtype=bool)
-    first, last, before, after = {}, {}, [], []
+    first: dict[int, int] = {}
+    last: dict[int, int] = {}
+    before, after = [], []
     for one, other, both in zip(left, right, made, strict=True):
         before.append(last.get(one, one))
         after.append(first.get(other, other))

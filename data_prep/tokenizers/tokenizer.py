@@ -335,9 +335,11 @@ def _build(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> tuple
     """The tokenizer and the hashes of the files it was made from (none when trained)."""
     specials = [config.eos_token] + ([config.pad_token] if config.pad_token else [])
     if config.kind == "train_bpe":
+        assert config.vocab_size is not None, "TokenizerConfig demands it"
         made = train_bpe(texts, config.vocab_size, specials, max_bytes=config.train_bytes)
         return Tokenizer.wrap(made, config.eos_token, config.pad_token, "train_bpe"), {}
     if config.kind == "train_superbpe":
+        assert config.vocab_size is not None and config.transition is not None, "TokenizerConfig demands both"
         made = train_superbpe(
             texts,
             config.vocab_size,

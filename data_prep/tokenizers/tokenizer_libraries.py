@@ -146,12 +146,13 @@ class TokenizersLibrary:
         self._encoded_chars = BULK_CHARS + 1
 
     def _encode_whole(self, texts: list[str]) -> list[np.ndarray]:
-        results = [None] * len(texts) if self._bulk_encoder is None else self._bulk_encoder.encode_batch(texts)
-        others = [place for place, ids in enumerate(results) if ids is None]
+        bulk = self._bulk_encoder.encode_batch(texts) if self._bulk_encoder is not None else [None] * len(texts)
+        found = {place: ids for place, ids in enumerate(bulk) if ids is not None}
+        others = [place for place in range(len(texts)) if place not in found]
         encodings = self._tokenizer.encode_batch_fast([texts[place] for place in others], add_special_tokens=False)
         for place, encoding in zip(others, encodings, strict=True):
-            results[place] = np.array(encoding.ids, dtype=np.int32)
-        return results
+            found[place] = np.array(encoding.ids, dtype=np.int32)
+        return [found[place] for place in range(len(texts))]
 
     def decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)

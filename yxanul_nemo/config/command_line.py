@@ -148,8 +148,7 @@ def _quoted_literally(text: str) -> str:
 
 def _list(value: str, quote: Callable[[str], str]) -> str:
     text, parts = value.strip()[1:-1], []
-    while text:
-        part = PART.match(text)
+    while text and (part := PART.match(text)):
         parts.append(quote(_unquoted(*part.groups())))
         text = text[part.end() :]
     return f"[{','.join(parts)}]"
@@ -171,7 +170,7 @@ def _map(value: str, quote: Callable[[str], str]) -> str:
 def _unquoted(single: str | None, double: str | None, plain: str | None) -> str:
     if plain is not None:
         return plain.strip()
-    return re.sub(r"\\(['\"\\])", r"\1", single if single is not None else double)
+    return re.sub(r"\\(['\"\\])", r"\1", single or double or "")
 
 
 def _require_utf8(key: str, value: str) -> None:

@@ -72,8 +72,10 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
     Raises:
         UserError: names the first wrong key, its value, what is expected and the nearest valid key.
     """
+    plain: Any = composed
     try:
-        plain = OmegaConf.to_container(composed, resolve=True) if isinstance(composed, DictConfig) else dict(composed)
+        if isinstance(composed, DictConfig):
+            plain = OmegaConf.to_container(composed, resolve=True)
         return RunConfig.model_validate(plain)
     except OmegaConfBaseException as error:
         raise UserError(getattr(error, "full_key", None) or "configuration", _first_line(error)) from None
@@ -160,7 +162,7 @@ def _override_error(error: Exception, overrides: Sequence[str], folders: Sequenc
     keys = [override.lstrip("+~").partition("=")[0] for override in overrides if "=" in override]
     values = _chosen_groups(overrides, ["hydra.searchpath", *groups])
     if named and named.group(1) in keys_of(RunConfig):
-        return _unreachable_key(named.group(1), getattr(error.__cause__, "full_key", named.group(1)))
+        return _unreachable_key(named[1], str(getattr(error.__cause__, "full_key", named[1])))
     for key in [named.group(1)] if named else keys:
         hint = suggest_key(key, values, groups)
         if hint or named:
@@ -173,8 +175,8 @@ def _override_error(error: Exception, overrides: Sequence[str], folders: Sequenc
     without_value = [override for override in overrides if "=" not in override and not override.startswith("~")]
     form = "key=value, as in `python launcher.py recipe=demo stage=train`"
     if without_value:
-        options = {group: [path.stem for path in (CONF_DIR / group).glob("*.yaml")] for group in groups}
-        meant = suggest_argument(without_value[0], options)
+        all_options = {group: [path.stem for path in (CONF_DIR / group).glob("*.yaml")] for group in groups}
+        meant = suggest_argument(without_value[0], all_options)
         return UserError("command line", f"'{without_value[0]}' has no value", form, meant)
     wrong = getattr(error, "override", None) or _first_line(error)
     return UserError(
@@ -195,9 +197,10 @@ def _chosen_groups(overrides: Sequence[str], groups: Sequence[str]) -> dict[str,
     """What the command line's choices of files alone compose to; empty where they do not."""
     choices = [override for override in overrides if override.partition("=")[0] in groups]
     try:
-        return OmegaConf.to_container(hydra.compose("config", overrides=choices), resolve=False)
+        values: Any = OmegaConf.to_container(hydra.compose("config", overrides=choices), resolve=False)
     except (HydraException, OmegaConfBaseException):
         return {}
+    return values
 
 
 def _unreachable_key(key: str, missing: str) -> UserError:

@@ -145,7 +145,7 @@ class PhaseWindows:
         return later[0].first_window if later else sys.maxsize
 
 
-class PhaseBatches(IterableDataset):
+class PhaseBatches(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """The steps `first_step` .. `last_step` - 1 of a phase, as one rank sees them.
 
     Yields pairs (ids_ABT, labels_ABT) of int64 tensors [accumulation, micro_batch_size, seq_len], read in a thread while earlier

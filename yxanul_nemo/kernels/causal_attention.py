@@ -9,7 +9,7 @@ maximum, which it does without (`raised_sums`).
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ class _Launch(NamedTuple):
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         q_TBHD: Tensor,
         k_TBGD: Tensor,
         v_TBGD: Tensor,
@@ -110,7 +110,7 @@ class _CausalAttention(torch.autograd.Function):
     ) -> Tensor:
         q, k, v = (x.contiguous() for x in (q_TBHD, k_TBGD, v_TBGD))
         starts = None if starts_BT is None else starts_BT.contiguous()
-        launch = _Launch(*q.shape[:3], k.size(2), q.size(3))
+        launch = _Launch(q.size(0), q.size(1), q.size(2), k.size(2), q.size(3))
         out = torch.empty_like(q)
         lse = q.new_empty(launch.windows * launch.heads, launch.seq_len, dtype=torch.float32)
         tiled_forward_kernel[launch.grid(launch.heads)](
@@ -123,7 +123,7 @@ class _CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TBO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, dout_TBO: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse, starts = ctx.saved_tensors
         launch: _Launch = ctx.launch
         dout = dout_TBO.contiguous().view_as(q)
@@ -138,7 +138,7 @@ class _CausalAttention(torch.autograd.Function):
             *map(_tiles, (q, k, v, dout, dk, dv)), starts, last_tile, lse, delta, *sizes, launch.parts, **launch.constants,
             num_stages=3, maxnreg=KEY_VALUE_REGISTERS,
         )  # fmt: skip
-        return dq, *(_sum_of_parts(dx, x) for dx, x in ((dk, k), (dv, v))), None
+        return dq, _sum_of_parts(dk, k), _sum_of_parts(dv, v), None
 
 
 def _room_for_parts(x_TBGD: Tensor, parts: int) -> Tensor:

@@ -6,7 +6,7 @@ Triton kernels (`triton_linear_cross_entropy`, bfloat16 on NVIDIA GPUs). The ide
 of FlashAttention (Dao et al., 2022, arXiv:2205.14135) and Cut Cross-Entropy (Wijmans et al., 2024, arXiv:2411.09009).
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -128,7 +128,7 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Forward keeps one number per token (log-sum-exp); backward computes each chunk's logits again."""
 
     @staticmethod
-    def forward(ctx, z_TR, e_VR, labels_T, shard, ignore_index):
+    def forward(ctx: Any, z_TR: Tensor, e_VR: Tensor, labels_T: Tensor, shard: VocabShard, ignore_index: int) -> Tensor:
         with torch.autocast(z_TR.device.type, enabled=False):
             dtype = _compute_dtype(z_TR)
             sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
@@ -150,13 +150,12 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_T):
+    def backward(ctx: Any, g_T: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         z_TR, e_VR, labels_T, lse_T = ctx.saved_tensors
         shard = ctx.shard
-        wants_dz, wants_de = ctx.needs_input_grad[:2]
         dtype = _compute_dtype(z_TR)
-        dz_TR = torch.zeros_like(z_TR, dtype=lse_T.dtype) if wants_dz else None
-        de_VR = torch.zeros_like(e_VR, dtype=lse_T.dtype) if wants_de else None
+        dz_TR = torch.zeros_like(z_TR, dtype=lse_T.dtype) if ctx.needs_input_grad[0] else None
+        de_VR = torch.zeros_like(e_VR, dtype=lse_T.dtype) if ctx.needs_input_grad[1] else None
         with torch.autocast(z_TR.device.type, enabled=False):
             if shard.valid_rows:
                 g_T = torch.where(shard.counted(labels_T, ctx.ignore_index), g_T.to(lse_T.dtype), 0.0)
@@ -169,18 +168,18 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
                     at_label_C1 = d_CV.gather(1, row_T[c, None]) - here_T[c, None].to(d_CV.dtype)
                     d_CV = d_CV.scatter_(1, row_T[c, None], at_label_C1).to(dtype)
                     # The weight goes to the small operands, which spares one pass over the chunk of logits.
-                    if wants_dz:
+                    if dz_TR is not None:
                         dz_TR[c] = _matmul(d_CV, valid_VR) * g_T[c, None]
-                    if wants_de:
+                    if de_VR is not None:
                         _add_matmul(de_VR[: valid_VR.shape[0]], d_CV.t(), (z_CR * g_T[c, None]).to(dtype))
                 # A padded row next to the valid ones is multiplied along, and 0 times a value past float32 is NaN.
-                if wants_de:
+                if de_VR is not None:
                     de_VR[shard.valid_rows :] = 0
-            if wants_dz and shard.group is not None:
+            if dz_TR is not None and shard.group is not None:
                 dist.all_reduce(dz_TR, op=dist.ReduceOp.SUM, group=shard.group)
         return (
-            dz_TR.to(z_TR.dtype) if wants_dz else None,
-            de_VR.to(e_VR.dtype) if wants_de else None,
+            None if dz_TR is None else dz_TR.to(z_TR.dtype),
+            None if de_VR is None else de_VR.to(e_VR.dtype),
             None,
             None,
             None,

@@ -5,6 +5,8 @@ of an H200 here (LOG.md), and the two of Megatron-core's default path (split, th
 Rotation is RoPE (arXiv:2104.09864) in the rotate-half form.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -131,9 +133,7 @@ def split_rope(qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads) -> tuple[Tensor
 
 class _SplitRope(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
         qkv_TBQ, angles_TD = qkv_TBQ.contiguous(), angles_TD.contiguous()
         tokens, windows = qkv_TBQ.shape[:2]
         query = qkv_TBQ.new_empty(tokens, windows, heads.groups * heads.heads_per_group, heads.head_dim)
@@ -146,9 +146,7 @@ class _SplitRope(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, dquery: Tensor, dkey: Tensor, dvalue: Tensor
-    ) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dquery: Tensor, dkey: Tensor, dvalue: Tensor) -> tuple[Tensor, None, None]:
         (angles_TD,) = ctx.saved_tensors
         tokens, windows = dquery.shape[:2]
         dqkv_TBQ = dquery.new_empty(tokens, windows, ctx.heads.qkv_width)

@@ -11,7 +11,7 @@ logits for each gradient takes five. Every sum has a fixed order, there are no a
 Letters: T tokens, R inner dimension, V rows of the table in this process, S ranges of rows summed by separate programs.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -101,7 +101,9 @@ def triton_linear_cross_entropy(
 
 class _TritonLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z_TR, e_VR, labels_T, shard, ignore_index, wants_dz):
+    def forward(
+        ctx: Any, z_TR: Tensor, e_VR: Tensor, labels_T: Tensor, shard: VocabShard, ignore_index: int, wants_dz: bool
+    ) -> Tensor:
         z_TR, e_VR = _aligned(z_TR), _aligned(e_VR)
         lse_ST, mean_STR = _sweep_vocabulary(z_TR, e_VR, shard.valid_rows, wants_dz)
         row_T = _local_rows(labels_T, shard, ignore_index)
@@ -113,7 +115,7 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_T):
+    def backward(ctx: Any, g_T: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         z_TR, e_VR, labels_T, row_T, lse_T, lse_ST, mean_STR = ctx.saved_tensors
         g_T = torch.where(ctx.shard.counted(labels_T, ctx.ignore_index), g_T.float(), 0.0)
         dz_TR = de_VR = None

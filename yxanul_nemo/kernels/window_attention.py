@@ -7,6 +7,8 @@ needs nothing but the inputs. General attention libraries spend their time on la
 is longer than the window.
 """
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
@@ -53,7 +55,7 @@ def window_attention(qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads, starts_BT
 class _WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         qkv_TBQ: Tensor,
         angles_TD: Tensor,
         heads: Heads,
@@ -69,7 +71,7 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, dout_TBO: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dout_TBO: Tensor) -> tuple[Tensor, None, None, None]:
         qkv_TBQ, angles_TD, starts_BT = ctx.saved_tensors
         dqkv_TBQ = torch.empty_like(qkv_TBQ)
         _launch(window_backward_kernel, ctx.heads, qkv_TBQ, angles_TD, starts_BT, dout_TBO.contiguous(), dqkv_TBQ)

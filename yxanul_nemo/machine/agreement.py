@@ -62,6 +62,6 @@ def failing_together(group: dist.ProcessGroup | None = None) -> Iterator[None]:
         dist.all_gather_object(of_ranks, own, group=group)
     if own is not None:
         raise own
-    for error in of_ranks:
-        if error is not None:
-            raise error
+    for other in of_ranks:
+        if other is not None:
+            raise other

@@ -61,8 +61,8 @@ def pickled_problems(path: Path) -> Iterator[str]:
             if memo.get(value) not in SHARED:
                 yield f"uses a {memo.get(value, 'nothing')} twice"
         elif name == "GLOBAL":
-            if NAMES.fullmatch(value) is None:
-                yield f"names {value[:80].replace(' ', '.')}"
+            if NAMES.fullmatch(str(value)) is None:
+                yield f"names {str(value)[:80].replace(' ', '.')}"
         elif name not in OTHERS and name not in SHARED:
             yield f"has the instruction {name}"
         before = name

@@ -64,24 +64,39 @@ class Launched:
         """Wait for a worker's process id."""
         return self._wait_for_one(self._workers, other_than, "worker")
 
+    def group(self, other_than: int | None = None) -> int:
+        """Wait for the process that starts the ranks of a machine; its process id."""
+        return self._wait_for_one(lambda: self._children(b"yxanul_nemo.launch.ranks"), other_than, "group of ranks")
+
     def stopped_task(self, other_than: int | None = None) -> int:
         """Wait for a task at the place that it stops at; its process id."""
         return self._wait_for_one(self._stopped_tasks, other_than, "stopped task")
 
     def wait_until_printed(self, text: str) -> None:
         """Wait for a text in the output."""
-        self._wait(lambda: text in self.text, f"'{text}'")
+        self.wait_until(lambda: text in self.text, f"'{text}'")
+
+    def wait_until(self, condition: Callable[[], object], what: str) -> None:
+        """Wait for `what`, which is there when `condition()` is true."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"no {what} came; the launcher printed:\n{self.text}")
+            time.sleep(0.002)
 
     def end(self) -> int:
         """Wait for the end; the exit code."""
         return self.process.wait(PATIENCE_SECONDS)
 
-    def _workers(self) -> list[int]:
+    def _children(self, module: bytes) -> list[int]:
         """Not, for example, git, which the launcher asks for the commit."""
-        return [child for child in children(self.process.pid) if b"yxanul_nemo.launch.worker" in _command_line(child)]
+        return [child for child in children(self.process.pid) if module in _command_line(child)]
+
+    def _workers(self) -> list[int]:
+        return self._children(b"yxanul_nemo.launch.worker")
 
     def _stopped_tasks(self) -> list[int]:
-        return [task for worker in self._workers() for task in children(worker) if state(task) == "T"]
+        return [worker for worker in self._workers() if state(worker) == "T"]
 
     def _wait_for_one(self, find: Callable[[], list[int]], other_than: int | None, what: str) -> int:
         found: set[int] = set()
@@ -90,15 +105,8 @@ class Launched:
             found.update(set(find()) - {other_than})
             return bool(found)
 
-        self._wait(search, what)
+        self.wait_until(search, what)
         return found.pop()
-
-    def _wait(self, condition: Callable[[], object], what: str) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                pytest.fail(f"no {what} came; the launcher printed:\n{self.text}")
-            time.sleep(0.002)
 
 
 def children(pid: int) -> list[int]:

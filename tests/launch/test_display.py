@@ -85,10 +85,10 @@ def test_a_record_is_a_line_in_the_log_and_never_its_json(
     says += CONTROL + b"end 0\n"
     script = f"import os; os.read(0, 1000); os.write(1, {says!r})"
     workers = Workers(make_config(f"run.dir={tmp_path}"), lock_fd=2, signals=StopSignals())
-    workers._ahead = subprocess.Popen(
+    workers._waiting[1] = subprocess.Popen(
         [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    assert workers.run(Task("train", 1), more=False) == 0
+    assert workers.run(Task("train", 1), after=None) == 0
     workers.close()
     expected = "before\n12:00:00 the record\nafter\n"
     assert (tmp_path / "logs" / "phase-01.log").read_text() == expected

@@ -1,4 +1,4 @@
-"""Worker processes: imported ahead, one task at a time, logged to console and file, never outliving the launcher unheard."""
+"""Worker processes: started ahead, one task after another, logged to console and file, never outliving the launcher unheard."""
 
 import contextlib
 import ctypes
@@ -17,26 +17,31 @@ from yxanul_nemo.launch.interrupts import StopSignals
 from yxanul_nemo.launch.slurm.step import srun_command
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.log import logger
-from yxanul_nemo.machine.gpus import process_count, threads_per_process, visible_gpus, world_size
+from yxanul_nemo.machine.gpus import process_count, threads_per_process, world_size
 from yxanul_nemo.machine.surroundings import without_place
 from yxanul_nemo.shared_files import open_for_appending
 
 WORKER = "yxanul_nemo.launch.worker"
+RANKS = "yxanul_nemo.launch.ranks"
 PR_SET_PDEATHSIG = 1
 CONTROL = b"\0yxanul "
 """Begins what a worker tells the launcher on its standard output: `begin PID`, `end CODE`, and `progress JSON` behind a record's line."""
 SAVING_SECONDS = 120.0
 """How long a worker may take to save where the launcher itself has failed."""
+ENDING_SECONDS = 30.0
+"""How long a worker that waits for a task, and has nothing to save, may take to end."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class Workers:
-    """Runs tasks one after another, each in a process of its own. Importing takes a worker ten seconds and more, so:
+    """Runs tasks one after another in processes that stay from one to the next.
 
-    - on a CPU one worker is started ahead, imports once, and forks a process for each task;
-    - on one GPU, whose driver does not survive a fork, the next task's worker is started while the present one is at work;
-    - of several processes torchrun is in charge; only an export is always one process;
-    - in a Slurm job srun starts them, on all of its nodes.
+    A process takes half a minute to import its libraries, open its GPU and meet the other ranks, so it does all tasks of as many ranks
+    as it is one of; each begins from what is committed, as in a process that was just started. A task that fails ends its process.
+
+    - One rank is one process; several on this machine are those of `launch.ranks`. Both are told tasks on their standard input, so that
+      they can be started while other work goes on.
+    - In a Slurm job, which is one task, srun starts the ranks on all nodes.
 
     Workers hold the run's lock and form sessions of their own, so that Ctrl-C in a terminal reaches only the launcher.
     """
@@ -44,42 +49,41 @@ class Workers:
     def __init__(self, config: RunConfig, lock_fd: int, signals: StopSignals):
         self.last_lines: deque[str] = deque(maxlen=20)
         self._config, self._lock_fd, self._signals = config, lock_fd, signals
-        self._ranks = world_size(config)
         self._in_job = config.cluster.scheduler == "slurm"
-        self._waits = self._ranks == 1 and not self._in_job
-        """Whether a worker is given its task on its standard input."""
-        self._forks = self._waits and (config.parallel.device == "cpu" or visible_gpus() == 0)
-        self._ahead: subprocess.Popen | None = None
+        self._waiting: dict[int, subprocess.Popen] = {}
+        """Processes that wait for a task, by their ranks."""
         self._log_failed = False
 
     def log_path(self, task: Task) -> Path:
         """File with all that a task has printed."""
         return self._config.run.folder.log(task.name)
 
-    def start_ahead(self) -> None:
-        """Let a worker import what tasks need, where it can wait for one."""
-        if self._ahead is None and self._waits:
-            self._ahead = self._start()
+    def start_ahead(self, task: Task) -> None:
+        """Let the processes for `task` import what they need, where they can wait for it."""
+        ranks = self._ranks(task)
+        if not self._in_job and ranks not in self._waiting:
+            self._waiting[ranks] = self._start(task)
 
-    def run(self, task: Task, more: bool) -> int:
+    def run(self, task: Task, after: Task | None) -> int:
         """Do `task` and pass on what it prints until it ends.
 
         Args:
-            more: whether other tasks will follow.
+            after: the task that comes next, if any does.
 
         Returns:
             0 done or stopped on request, 2 the user's mistake, 1 a failure of our own, -N killed by signal N.
         """
         self.last_lines.clear()
-        ranks = 1 if task.kind == "export" else self._ranks
-        process, self._ahead = self._ahead or self._start(task, ranks), None
-        if self._waits:
+        ranks = self._ranks(task)
+        self._dismiss(set(self._waiting) - {ranks})
+        process = self._waiting.pop(ranks, None) or self._start(task)
+        if not self._in_job:
             # If it has ended already, its output says why, and its exit code counts.
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.write(f"{task.name}\n".encode())
                 process.stdin.flush()
-            if more and not self._forks:
-                self.start_ahead()
+        if after is not None and self._ranks(after) != ranks:
+            self.start_ahead(after)
         try:
             self.log_path(task).parent.mkdir(parents=True, exist_ok=True)
             with (
@@ -92,33 +96,41 @@ class Workers:
             raise
         finally:
             self._signals.task_ended()
-        if self._forks and ends:
-            self._ahead = process
-            return ends[0]
+        done = ends.count(0) == ranks
+        if done and not self._in_job:
+            self._waiting[ranks] = process
+            return 0
         code = process.wait()
         _end(process)
-        # What ranks say counts: one may have told the user's mistake while torchrun ended the others.
-        return 2 if 2 in ends else 0 if ends.count(0) == ranks else code or 1
+        # What ranks say counts: one may have told the user's mistake before the others were ended.
+        return 2 if 2 in ends else 0 if done else code or 1
 
     def close(self) -> None:
-        """End the worker that waits for a task; it has nothing to save."""
-        if self._ahead is not None:
-            _end(self._ahead)
-            self._ahead = None
+        """End the processes that wait for a task."""
+        self._dismiss(set(self._waiting))
 
-    def _start(self, task: Task | None = None, ranks: int = 1) -> subprocess.Popen:
-        worker = [str(self._config.run.dir)]
-        if not self._waits:
-            worker.append(task.name)
-        elif self._forks:
-            worker.append("--fork")
+    def _ranks(self, task: Task) -> int:
+        """Only an export is always one process."""
+        return 1 if task.kind == "export" else world_size(self._config)
+
+    def _dismiss(self, ranks: set[int]) -> None:
+        """End the waiting processes of so many ranks; when it returns, a GPU has back what they held of it."""
+        dismissed = [self._waiting.pop(number) for number in ranks]
+        for process in dismissed:
+            process.terminate()
+        for process in dismissed:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(ENDING_SECONDS)
+            _end(process)
+
+    def _start(self, task: Task) -> subprocess.Popen:
+        run_dir, ranks = str(self._config.run.dir), self._ranks(task)
         if self._in_job:
-            command = srun_command(self._config, process_count(self._config), ranks) + worker
+            command = [*srun_command(self._config, process_count(self._config), ranks), run_dir, task.name]
         elif ranks > 1:
-            torchrun = ["yxanul_nemo.launch.ranks", f"--nproc-per-node={ranks}", "--standalone"]
-            command = [sys.executable, "-m", *torchrun, "-m", WORKER, *worker]
+            command = [sys.executable, "-m", RANKS, str(ranks), run_dir]
         else:
-            command = [sys.executable, "-m", WORKER, *worker]
+            command = [sys.executable, "-m", WORKER, run_dir]
         threads = threads_per_process(self._config, min(ranks, process_count(self._config)))
         launcher = os.getpid()
         return subprocess.Popen(
@@ -136,7 +148,7 @@ class Workers:
         )
 
     def _follow(self, process: subprocess.Popen, log_file: BinaryIO, display: TaskDisplay, ranks: int) -> list[int]:
-        """Pass output on to its end, or to the end of the task where the worker stays; what was said of ends."""
+        """Pass output on until all ranks have done the task and wait for the next one, else to its end; what was said of ends."""
         begun, ends = 0, []
         for line in process.stdout:
             text, _, told = line.partition(CONTROL)
@@ -153,7 +165,7 @@ class Workers:
                     self._signals.task_began(process.pid)
             elif word == b"end":
                 ends.append(int(what))
-                if self._forks:
+                if ends.count(0) == ranks and not self._in_job:
                     break
         return ends
 
@@ -187,7 +199,7 @@ def _let_save(process: subprocess.Popen) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Kill a worker at once; a task that it has forked gets SIGTERM by that, and saves."""
+    """Kill a worker at once; the ranks of a group get SIGTERM by that, and save."""
     process.kill()
     process.wait()
     # Closing flushes what a worker that is gone can no longer read.

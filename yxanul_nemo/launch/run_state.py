@@ -31,7 +31,7 @@ class RunState:
         phases = selected_phases(config.phases, len(config.curriculum.phases)) if "train" in stages else []
         self.tasks = [Task("train", number) for number in phases]
         self.tasks += [Task(stage) for stage in ("validate", "export") if stage in stages]
-        self._newest_of: tuple[list[str], Checkpoint | None] = ([], None)
+        self._newest_of: tuple[list[str] | None, Checkpoint | None] = (None, None)
 
     @property
     def has_data(self) -> bool:
@@ -58,10 +58,15 @@ class RunState:
         return is_exported(self.config, newest)
 
     def newest(self) -> Checkpoint | None:
-        """The checkpoint to go on from, looked for anew when there are other ones than before."""
+        """The checkpoint to go on from, looked for anew when there are other ones than before.
+
+        Those that workers have committed since the first look were hashed by them, and will be once more before they are loaded.
+        """
         digests = [checkpoint.manifest.digest for checkpoint in self.store.list()]
-        if digests != self._newest_of[0]:
-            self._newest_of = (digests, self.store.newest_good())
+        known, _ = self._newest_of
+        if digests != known:
+            store = self.store if known is None else CheckpointStore.of_run(self.config, verify="size")
+            self._newest_of = (digests, store.newest_good())
         return self._newest_of[1]
 
     def check_before_data(self, todo: list[Task]) -> None:

@@ -144,7 +144,7 @@ class Chain:
             if not has_data:
                 self._write_records()
             if todo:
-                self.workers.start_ahead()
+                self.workers.start_ahead(todo[0])
             # Late, so that stages which only look do without what reads and encodes text.
             from data_prep.prepare import run_data_stage
 
@@ -153,13 +153,13 @@ class Chain:
             state.check_with_data(todo)
         if todo:
             self._write_records()
-            self.workers.start_ahead()
+            self.workers.start_ahead(todo[0])
         shown = False
         for i, task in enumerate(state.tasks):
             if state.is_done(task):
                 logger.info("%s: done already", task.name)
             else:
-                self._run_task(task, more=i + 1 < len(state.tasks))
+                self._run_task(task, after=next(iter(state.tasks[i + 1 :]), None))
                 # The end of a phase has shown it.
                 shown = task.kind == "train"
             if task.kind == "validate" and not shown:
@@ -174,11 +174,11 @@ class Chain:
             write_text_atomic(folder.config, to_yaml(self.config))
             write_environment(folder.environment)
 
-    def _run_task(self, task: Task, more: bool) -> None:
-        code = self.workers.run(task, more)
+    def _run_task(self, task: Task, after: Task | None) -> None:
+        code = self.workers.run(task, after)
         if code not in (0, 2) and self.signals.received is None:
             logger.warning("%s %s; trying once more from the last good checkpoint", task.name, _ending(code))
-            code = self.workers.run(task, more)
+            code = self.workers.run(task, after)
         if code == 2:
             raise StageFailed(f"{task.name} stopped, see above", exit_code=2)
         if self.signals.received is not None:

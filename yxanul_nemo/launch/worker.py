@@ -1,9 +1,9 @@
-"""A process for the tasks of a run: `python -m yxanul_nemo.launch.worker RUN_DIR [TASK] [--fork]`.
+"""A process for the tasks of a run: `python -m yxanul_nemo.launch.worker RUN_DIR [TASK]`.
 
-With a TASK (phase-01, validate, export) it does that one. Without, it imports what tasks need, touching neither GPU nor
-files, and waits for a task's name on its standard input; with --fork it does each one in a forked process and stays.
-It tells the launcher on its standard output, beside the log, where a task begins, how far it is and how it ends
-(`processes.CONTROL`).
+With a TASK (phase-01, validate, export) it does that one. Without, it imports what tasks need, touching neither GPU nor files, and
+does those that are named on its standard input, one after another, until one fails. Each begins from what is committed, whatever this
+process has done before. It tells the launcher on its standard output, beside the log, where a task begins, how far it is and how it
+ends (`processes.CONTROL`).
 """
 
 import argparse
@@ -35,7 +35,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("task", nargs="?")
-    parser.add_argument("--fork", action="store_true")
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
     outlive_reader(RunFolder(arguments.run_dir).log(arguments.task) if arguments.task else None)
@@ -45,51 +44,25 @@ def main() -> int:
     import yxanul_nemo.training.session  # noqa: F401 - most of the time that a short task takes
 
     quiet_libraries()
-    if arguments.task is not None:
-        return do(arguments.run_dir, Task.named(arguments.task))
-    for line in sys.stdin:
-        task = Task.named(line.strip())
-        if not arguments.fork:
-            outlive_reader(RunFolder(arguments.run_dir).log(task.name))
-            return do(arguments.run_dir, task)
-        do_in_fork(arguments.run_dir, task)
-    return 0
+    code = 0
+    for name in [arguments.task] if arguments.task else sys.stdin:
+        task = Task.named(name.strip())
+        outlive_reader(RunFolder(arguments.run_dir).log(task.name))
+        code = do(arguments.run_dir, task)
+        if code:
+            return code
+    # NCCL complains of processes that end without; after a failure it would wait for the other ranks.
+    from yxanul_nemo.machine.runtime import leave_process_groups
+
+    leave_process_groups()
+    return code
 
 
-def do_in_fork(run_dir: Path, task: Task) -> None:
-    """Do a task in a process of its own, which has all imports from this one, and tell how it ended."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            end_with_parent(parent)
-            outlive_reader(RunFolder(run_dir).log(task.name))
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            code = do(run_dir, task, tells_end=False)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    # Signals are the task's: a scheduler may send them to every process, and this one must live to tell the end.
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGUSR1)}
-    previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, frame: os.kill(pid, number))
-    _, status = os.waitpid(pid, 0)
-    for number, handler in previous.items():
-        signal.signal(number, handler)
-    tell(f"end {os.waitstatus_to_exitcode(status)}")
-
-
-def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
-    """Do a task, with its begin and end told; returns the exit code."""
+def do(run_dir: Path, task: Task) -> int:
+    """Do a task, with its begin and end told; returns the exit code, 0 if the process is as ready for the next one as a new one."""
     try:
         run(load_run_config(RunFolder(run_dir).config), task)
-        # NCCL complains of processes that end without; after a failure it would wait for the other ranks.
-        from yxanul_nemo.machine.runtime import leave_process_groups
-
-        leave_process_groups()
+        become_idle()
         code = 0
     except UserError as error:
         rank, _ = rank_and_processes()
@@ -100,9 +73,20 @@ def do(run_dir: Path, task: Task, tells_end: bool = True) -> int:
     except Exception:  # noqa: BLE001 - the last frame: everything else is our failure and ends with its traceback
         traceback.print_exc()
         code = 1
-    if tells_end:
-        tell(f"end {code}")
+    tell(f"end {code}")
     return code
+
+
+def become_idle() -> None:
+    """Give back what the task has held, and let a signal end the process, which has nothing to save until the next task."""
+    import torch
+
+    from yxanul_nemo.training.backend import forget_backends
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    forget_backends("cuda" if torch.cuda.is_initialized() else "cpu")
 
 
 def tell(what: str) -> None:

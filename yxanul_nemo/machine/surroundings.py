@@ -4,6 +4,7 @@ import importlib.util
 import os
 import pwd
 import re
+import socket
 import stat
 import sys
 import tempfile
@@ -48,6 +49,13 @@ def keep_bytecode(variables: MutableMapping[str, str]) -> None:
 def without_place(variables: MutableMapping[str, str]) -> dict[str, str]:
     """The variables without a place among processes that another launcher has given this one."""
     return {name: value for name, value in variables.items() if not OTHERS_PLACES.fullmatch(name)}
+
+
+def free_port() -> int:
+    """Return a port of this machine that no process listens on now, for rank 0 to listen on soon."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def make_bearable(variables: MutableMapping[str, str]) -> list[str]:

@@ -1,10 +1,10 @@
 """The srun that starts a task's ranks inside a job. Light: it is part of the launcher."""
 
-import socket
 import sys
 from pathlib import Path
 
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.machine.surroundings import free_port
 
 RANK_MODULE = "yxanul_nemo.launch.slurm.rank"
 
@@ -39,10 +39,3 @@ def mounted_folders(config: RunConfig) -> list[Path]:
     wanted = [Path.cwd(), *(path.absolute() for path in (config.run.dir, config.data_dir, config.validation.dir))]
     wanted = [path for path in wanted if path.exists()]
     return [path for path in dict.fromkeys(wanted) if not any(other in path.parents for other in wanted)]
-
-
-def free_port() -> int:
-    """A port of this machine, which is the job's first node, where rank 0 will listen."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]

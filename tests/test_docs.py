@@ -79,6 +79,8 @@ def check(command: str) -> None:
             check_launcher(arguments)
         case ["uv", "run", "python", "-m", module, *arguments] | ["python", "-m", module, *arguments]:
             check_module(module, arguments)
+        case ["uv", "run", "--script", script, *_]:
+            assert (REPO_DIR / script).read_text(encoding="utf-8").startswith("# /// script\n")
         case ["uv", "run", "pytest", *arguments]:
             assert not arguments or arguments == ["-m", "gpu"]
         case ["docker", "build", "-f", dockerfile, *_]:

@@ -146,14 +146,22 @@ class Tokenizer:
         """Whether hard text comes back unchanged. A normalizing tokenizer (most sentencepiece models) gives False."""
         return all(self.decode(self.encode(text)) == text for text in PROBES)
 
-    def save(self, folder: Path) -> None:
-        """Write a folder that `Tokenizer.load` and `transformers.AutoTokenizer` read and give the same ids with."""
+    def save(self, folder: Path, *, for_prompts: bool = False) -> None:
+        """Write a folder that `Tokenizer.load` and `transformers.AutoTokenizer` read and give the same ids with.
+
+        Args:
+            folder: made where it does not exist.
+            for_prompts: beside a model that others use. transformers then puts EOS before each text, as every document stood
+                behind one in training, and pads with EOS where there is no padding token.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._library.write(folder)
+        self._library.write(folder, self.eos_token if for_prompts else None)
         specials = {"eos_token": self.eos_token}
-        if self.pad_token is not None:
-            specials["pad_token"] = self.pad_token
+        if for_prompts:
+            specials["bos_token"] = self.eos_token
+        if self.pad_token is not None or for_prompts:
+            specials["pad_token"] = self.pad_token or self.eos_token
         write_json_atomic(folder / "special_tokens_map.json", specials)
         # split_special_tokens: transformers too reads the text of a special token as text, as the training data was read.
         write_json_atomic(

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import sentencepiece
 import tokenizers
+from tokenizers.processors import TemplateProcessing
 
 from data_prep.tokenizers.long_text import SPAN_CHARS, LongTextEncoder
 from data_prep.tokenizers.sentencepiece_json import check_sentencepiece, convert_sentencepiece
@@ -57,8 +58,12 @@ class Library(Protocol):
     def rules(self) -> Any:
         """Everything that decides ids and text, as a JSON-able value that no formatting changes."""
 
-    def write(self, folder: Path) -> None:
-        """Write the library's own files into an existing folder."""
+    def write(self, folder: Path, first_token: str | None = None) -> None:
+        """Write the library's own files into an existing folder.
+
+        Args:
+            first_token: special token that transformers and others who read `tokenizer.json` put before each text; None: no token.
+        """
 
 
 @contextmanager
@@ -168,8 +173,20 @@ class TokenizersLibrary:
         # Absent, null and false mean the same here; leaving them out keeps the value when a library adds such a field.
         return _without_empty(parts)
 
-    def write(self, folder: Path) -> None:
-        self._tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+    def write(self, folder: Path, first_token: str | None = None) -> None:
+        if first_token is not None:
+            self._tokenizer.post_processor = _template(first_token, self._tokenizer.token_to_id(first_token))
+        try:
+            self._tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
+        finally:
+            self._tokenizer.post_processor = None
+
+
+def _template(token: str, token_id: int) -> TemplateProcessing:
+    """The rule that puts `token` before each text, and between the two texts of a pair."""
+    # Under a name of its own, because the rule's notation gives a meaning to colons and dollars in a token.
+    named = {"id": "first", "ids": [token_id], "tokens": [token]}
+    return TemplateProcessing(single="first $A", pair="first $A first $B", special_tokens=[named])
 
 
 def _without_empty(value: Any) -> Any:
@@ -214,7 +231,7 @@ class SentencePieceLibrary:
     def rules(self) -> Any:
         return {"sentencepiece": self._processor.serialized_model_proto().hex()}
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, first_token: str | None = None) -> None:
         serialized = self._processor.serialized_model_proto()
         (folder / MODEL_FILE).write_bytes(serialized)
         converted = TokenizersLibrary(convert_sentencepiece(serialized, self._source), self._source)
@@ -227,7 +244,7 @@ class SentencePieceLibrary:
         ]
         if different:
             logger.warning("transformers gives other ids than sentencepiece for some text, such as %r", different[0])
-        converted.write(folder)
+        converted.write(folder, first_token)
 
 
 LIBRARIES = (TokenizersLibrary.name, SentencePieceLibrary.name)

@@ -64,7 +64,14 @@ def test_a_fresh_process_loads_the_hf_folder_with_transformers_alone(
         ours = torch.cat([ours, last_BV.argmax(-1, keepdim=True)], dim=1)
     assert np.array_equal(fresh["hf"].results("greedy"), ours.numpy())
     tokenizer = Tokenizer.load(config.run.dir / "tokenizer")
-    assert told["ids"] == [tokenizer.encode(text).tolist() for text in TEXTS]
+    ours = [tokenizer.encode(text).tolist() for text in TEXTS]
+    eos_id = tokenizer.eos_id
+    assert told["ids"] == [[eos_id, *ids] for ids in ours], "a prompt stands behind EOS, as every document in training"
+    assert told["pair"] == [eos_id, *ours[0], eos_id, *ours[1]]
+    assert told["inputs"] == ["attention_mask", "input_ids"], "what generate(**tokenizer(...)) takes"
+    assert told["padded"][0] == tokenizer.pad_id and told["padded"][-1] == tokenizer.encode("a")[-1], (
+        "padding at the left"
+    )
     assert told["specials"] == [manifest.eos_id, manifest.eos_id, tokenizer.pad_id]
     assert told["max_length"] == config.model.max_position_embeddings
 

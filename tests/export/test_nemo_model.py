@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from nemo.core import ModelPT
-from nemo.core.classes.common import UnsafeTargetError
+from nemo.core.classes import common as nemo_classes
+from nemo.core.classes.common import ALLOWED_TARGET_PREFIXES, UnsafeTargetError
 from omegaconf import OmegaConf
 
 from data_prep.corpus.manifest import load_manifest
@@ -62,6 +63,18 @@ def test_nemos_generic_restore_goes_on_refusing_it(nemo_file: Path) -> None:
     """NeMo would import the class that the file names, so it takes those of its own namespaces alone."""
     with pytest.raises(UnsafeTargetError, match="YxanulModel"):
         ModelPT.restore_from(str(nemo_file), map_location=torch.device("cpu"))
+
+
+def test_nemos_generic_restore_gives_the_same_model_where_a_program_allows_it(
+    nemo_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nemo_classes, "ALLOWED_TARGET_PREFIXES", [*ALLOWED_TARGET_PREFIXES, "yxanul_nemo.model."])
+    theirs, ours = ModelPT.restore_from(str(nemo_file), map_location=torch.device("cpu")).eval(), restore(nemo_file)
+    assert type(theirs) is YxanulModel and theirs.tokenizer.fingerprint == ours.tokenizer.fingerprint
+    with torch.no_grad():
+        assert torch.equal(theirs(some_ids()), ours.eval()(some_ids()))
+    theirs.save_to(str(tmp_path / "again.nemo"))
+    assert restore(tmp_path / "again.nemo").tokenizer.fingerprint == ours.tokenizer.fingerprint
 
 
 def test_the_archive_is_nemos_with_the_expected_members(nemo_file: Path) -> None:

@@ -63,9 +63,7 @@ def test_all_exports_write_the_same_text_and_transformers_has_the_tokenizer(expo
     texts = {generate(folder / name, "the list", 10, temperature=0, device="cpu").text for name in ("model.nemo", "hf")}
     assert len(texts) == 1
     own, theirs = Tokenizer.load(exported_run.run.dir / "tokenizer"), AutoTokenizer.from_pretrained(folder / "hf")
-    assert [theirs(text, add_special_tokens=False).input_ids for text in TEXTS] == [
-        own.encode(t).tolist() for t in TEXTS
-    ]
+    assert [theirs(text).input_ids for text in TEXTS] == [[own.eos_id, *own.encode(t).tolist()] for t in TEXTS]
 
 
 def test_without_its_file_or_with_another_it_is_refused(exported_run: RunConfig, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def write_hf(
     # safetensors makes its files readable by their owner alone.
     allow_as_umask(path)
     dtype_name = str(dtype).removeprefix("torch.")
+    # Not EOS: fine-tuning with transformers leaves the embedding of the padding token as it is.
     pad_id = None if tokenizer.pad_token is None else tokenizer.pad_id
     config = llama_config(shape, vocab_size, tokenizer.eos_id, pad_id, dtype_name)
     if factorized:
@@ -46,11 +47,8 @@ def write_hf(
     _write_json(folder / "config.json", config)
     generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     _write_json(folder / "generation_config.json", generation)
-    tokenizer.save(folder)
-    # Documents are separated by one token, which so begins a text as well as ending it, and pads where there is no other.
-    specials = {"bos_token": tokenizer.eos_token, "pad_token": tokenizer.pad_token or tokenizer.eos_token}
-    _add_to_json(folder / "tokenizer_config.json", specials | {"model_max_length": shape.max_position_embeddings})
-    _add_to_json(folder / "special_tokens_map.json", specials)
+    tokenizer.save(folder, for_prompts=True)
+    _add_to_json(folder / "tokenizer_config.json", {"model_max_length": shape.max_position_embeddings})
 
 
 def write_nemo(path: Path, model: YxanulGPT, tokenizer: Tokenizer, tokenizer_folder: Path, dtype: torch.dtype) -> None:
@@ -122,16 +120,15 @@ def model_card(
     lines += [f"| {name} | {value} |" for name, value in figures.items()]
     lines += [
         "",
-        f"Texts began and ended with `{eos_token}` in training, so a prompt does best when it begins with it:",
+        f"Every text stood behind `{eos_token}` in training, so the tokenizer puts it before a prompt:",
         "",
         "```python",
-        "import torch",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("PATH"{trust})',
         'tokenizer = AutoTokenizer.from_pretrained("PATH")',
-        'ids = [[tokenizer.bos_token_id, *tokenizer("Once upon a time").input_ids]]',
-        'print(tokenizer.decode(model.generate(torch.tensor(ids), max_new_tokens=64)[0]))',
+        'prompt = tokenizer("Once upon a time", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=64)[0], skip_special_tokens=True))",
         "```",
         "",
     ]  # fmt: skip

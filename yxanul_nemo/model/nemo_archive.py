@@ -236,11 +236,16 @@ def read_weights(path: Path, where: object) -> dict[str, Tensor]:
     return loaded
 
 
+def is_artifact(key: str, value: str) -> bool:
+    """Whether `value` names the file of `key`, of `TOKENIZER_FILES`, inside an archive; such a name leads nowhere else."""
+    return re.fullmatch(rf"{ARTIFACT}[0-9a-f]{{32}}_{re.escape(TOKENIZER_FILES[key])}", value, re.ASCII) is not None
+
+
 def _require_members(path: Path, config: NemoConfig, members: set[str]) -> None:
     """The archive holds the files that its configuration names, and no others."""
     named = {CONFIG_MEMBER, WEIGHTS_MEMBER}
     for key, value in config.tokenizer.files.items():
-        if re.fullmatch(rf"{ARTIFACT}[0-9a-f]{{32}}_{re.escape(TOKENIZER_FILES[key])}", value, re.ASCII) is None:
+        if not is_artifact(key, value):
             raise UserError(
                 f"{path} ({CONFIG_MEMBER})",
                 f"tokenizer.{key} is {value[:80]!r}",

@@ -1,7 +1,8 @@
 """The model's face to NeMo: a `ModelPT` that writes and reads `.nemo` files (a tar of configuration, weights, tokenizer).
 
 NeMo 3.0 instantiates only targets in its own namespaces. Restoring through this class is the sanctioned way around that guard
-for one class; `ModelPT.restore_from`, which would take the class from the file, goes on refusing it.
+for one class; `ModelPT.restore_from`, which would take the class from the file, refuses it until a program adds
+`yxanul_nemo.model.` to `nemo.core.classes.common.ALLOWED_TARGET_PREFIXES`.
 """
 
 import logging
@@ -28,6 +29,7 @@ from yxanul_nemo.model.nemo_archive import (
     NemoArchive,
     NemoConfig,
     TokenizerPart,
+    is_artifact,
     load_tokenizer,
     open_archive,
     parse_config,
@@ -71,7 +73,11 @@ class YxanulModel(ModelPT):
         )
         parallel = ParallelConfig(device="cpu", layer_spec="torch", tensor_parallel=parallel_size)
         self.gpt = build_model(described.gpt, described.vocab_size, PrecisionConfig(name="fp32"), parallel, seed=0)
-        files = {key: Path(path) for key, path in described.tokenizer.files.items()}
+        # NeMo's own `ModelPT.restore_from` leaves the archive's names in the configuration, and knows where it is unpacked.
+        files = {
+            key: Path(self.register_artifact(f"tokenizer.{key}", path) if is_artifact(key, path) else path)
+            for key, path in described.tokenizer.files.items()
+        }
         self.tokenizer: Tokenizer = load_tokenizer(described.tokenizer, files, "cfg")
 
     def forward(self, ids_BT: Tensor, labels_BT: Tensor | None = None) -> Tensor:

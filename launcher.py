@@ -7,11 +7,14 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.machine.surroundings import keep_bytecode
 from yxanul_nemo.streams import outlive_reader
+
+if TYPE_CHECKING:
+    from yxanul_nemo.config.run import RunConfig
 
 TYPED = sys.argv[1:]
 """The arguments as the shell has handed them over, which the run's records name."""
@@ -35,34 +38,45 @@ def main() -> None:
     keep_bytecode(os.environ)
     from yxanul_nemo.config.command_line import config_dirs_in, for_hydra, has_hydra_options, overrides_in
     from yxanul_nemo.config.conf_files import CONF_DIR
-    from yxanul_nemo.config.load import compose
+    from yxanul_nemo.config.load import compose, parse
+    from yxanul_nemo.launch.own_settings import asked_settings
 
     try:
         arguments = for_hydra(TYPED)
-        composed = {}
-        if not ONLY_HYDRA_CAN_READ & set(arguments):
+        overrides, config_dirs = overrides_in(arguments), config_dirs_in(arguments)
+        if not has_hydra_options(arguments):
+            config, said = asked_settings(overrides, config_dirs)
+        elif not ONLY_HYDRA_CAN_READ & set(arguments):
             # Before Hydra reads its own options, too: it ends with 1 and its own wording on a wrong override.
-            composed = compose(overrides_in(arguments), config_dirs_in(arguments))
+            compose(overrides, config_dirs)
     except UserError as error:
         fail(error, 2)
     if not has_hydra_options(arguments):
-        run(composed)
+        for line in said:
+            print(line, file=sys.stderr)
+        run(config)
         return
     import hydra
 
+    def parse_and_run(composed: Mapping[str, Any]) -> None:
+        try:
+            config = parse(composed)
+        except UserError as error:
+            fail(error, 2)
+        run(config)
+
     sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(run)()
+    hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name="config")(parse_and_run)()
 
 
-def run(composed: Mapping[str, Any]) -> None:
-    """Check the composed configuration and run its stages."""
-    from yxanul_nemo.config.load import parse
+def run(config: "RunConfig") -> None:
+    """Run the stages that a configuration asks for."""
     from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
 
     # Hydra may have read them in its own form.
     sys.argv[1:] = TYPED
     try:
-        run_stages(parse(composed))
+        run_stages(config)
     except UserError as error:
         fail(error, 2)
     except StageFailed as error:

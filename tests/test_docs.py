@@ -24,7 +24,7 @@ from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.launch.lone_stages import LONE_STAGES
 from yxanul_nemo.launch.stages import selected_stages
 
-PAGES = [REPO_DIR / "README.md", REPO_DIR / "CONTRIBUTING.md", *sorted((REPO_DIR / "docs").glob("*.md"))]
+PAGES = [REPO_DIR / "README.md", REPO_DIR / "CONTRIBUTING.md", *sorted((REPO_DIR / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:uv|pip|python) [^`]+)`")
 PICTURE_BYTES = 200_000

@@ -1,6 +1,7 @@
 """What a prepared corpus consists of: `manifest.json`, written when everything is complete, and checked before anything is read."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
@@ -122,6 +123,14 @@ class CorpusManifest(Stored):
             for name, source in self.sources.items()
         }
         return fingerprint({"tokenizer": self.tokenizer_fingerprint, "dtype": self.dtype, "pairs": pairs})
+
+    def of(self, names: Sequence[str]) -> Self:
+        """Return the same of some sources alone, for a run that reads no others."""
+        return self.model_copy(update={"sources": {name: one for name, one in self.sources.items() if name in names}})
+
+    def source_fingerprint(self, name: str) -> str:
+        """Return the SHA-256 over what defines the tokens of one source that are trained on."""
+        return fingerprint([(entry.bin_sha256, entry.idx_sha256) for entry in self.sources[name].train])
 
     def save(self, data_dir: Path) -> None:
         """Write `manifest.json` atomically."""

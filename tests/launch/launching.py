@@ -23,8 +23,17 @@ def command(*arguments: object) -> list[str]:
 
 def launch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a launcher to its end, with these variables beside the test's own; its output is in `stdout`."""
+    return _run(command(*arguments), environment)
+
+
+def launch_alone(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a launcher with these arguments and no others."""
+    return _run([sys.executable, "launcher.py", *map(str, arguments)], environment)
+
+
+def _run(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments),
+        words,
         cwd=REPO_DIR,
         env=os.environ | environment,
         stdout=subprocess.PIPE,

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import Launched, launch
+from tests.launch.launching import Launched, launch, launch_alone
 from tests.ranks import run_ranks
 from tests.training import sessions
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
@@ -165,14 +167,61 @@ def test_a_repeated_command_does_nothing(runs: Runs) -> None:
         assert f"{task}: done already" in done.stdout
 
 
-def test_a_finished_run_cannot_become_another(runs: Runs) -> None:
+TEN_CHANGES = {
+    "optim.lr=1e-3": "optim.lr: 0.01 there, 0.001 here",
+    "curriculum.phases.2.lr_scale=0.5": "curriculum.phases.2.lr_scale: 1 there, 0.5 here",
+    "model.ffn_hidden_size=128": "model.ffn_hidden_size: 64 there, 128 here",
+    "run.seed=7": "run.seed: 1234 there, 7 here",
+    "data.seed=7": "data.seed: 1234 there, 7 here",
+    "optim=adamw": "optim: muon there, adamw here",
+    "curriculum.total_tokens=36864": "curriculum.phases.0.tokens: 4096 there, 8192 here",
+    "curriculum.phases.2.tokens=16384": "curriculum.phases.2.tokens: 8192 there, 16384 here",
+    "+curriculum.phases.3={seq_len: 128, tokens: 4096, tokens_per_step: 1024}": "curriculum.phases.3: unset there, {",
+    "data.document_mask=true": "data.document_mask: false there, true here",
+}
+
+
+@pytest.mark.parametrize("change", TEN_CHANGES)
+def test_a_change_of_a_finished_run_is_named_and_the_advice_works(runs: Runs, change: str) -> None:
+    """The run is changed by `stage=plan`, which refuses what training would refuse and changes nothing."""
     before = runs.files()
-    done = launch("stage=all", f"run.dir={runs.run_dir}", "optim.lr=1e-3")
-    assert done.returncode == 2 and "it is of another run: config: " in done.stdout, done.stdout
-    assert "Settings that differ: optim.lr (0.01 there, 0.001 here)" in done.stdout
-    done = launch("stage=all", f"run.dir={runs.run_dir}", "model.ffn_hidden_size=128")
-    assert done.returncode == 2 and "model.ffn_hidden_size (64 there, 128 here)" in done.stdout
-    assert "Restore model.ffn_hidden_size" in done.stdout and "allow_mismatch=[model]" not in done.stdout
+    done = launch("stage=all", f"run.dir={runs.run_dir}", change)
+    assert done.returncode == 2 and TEN_CHANGES[change] in done.stdout, done.stdout
+    assert runs.files() == before
+    advised = re.findall(r"'(allow=\[[^']*\])'", done.stdout)
+    cannot = "cannot change any more" in done.stdout
+    assert cannot or advised, "there is a way, or it is said that there is none"
+    if command := re.search(r"more tokens: python launcher\.py (.*?)\. To go on", done.stdout):
+        again = shlex.split(command[1])
+    else:
+        again = [f"run.dir={runs.run_dir}", *([] if cannot else [change, *advised])]
+    with_advice = launch_alone("stage=plan", *again)
+    assert with_advice.returncode == 0, with_advice.stdout
+    (runs.run_dir / "plan.json").unlink()
+
+
+def test_the_folder_alone_says_what_run_it_is(runs: Runs) -> None:
+    before = runs.files()
+    done = launch_alone(f"run.dir={runs.run_dir}")
+    assert done.returncode == 0 and f"settings are those of the run in {runs.run_dir}" in done.stdout, done.stdout
+    for task in ("phase-01", "phase-02", "phase-03", "validate", "export"):
+        assert f"{task}: done already" in done.stdout
+    status = launch_alone("stage=status", f"run.dir={runs.run_dir}", "optim.lr=1e-3")
+    assert (
+        "18,432 of 18,432" in status.stdout and "shown by these; the command line's differ in optim.lr" in status.stdout
+    )
+    written = launch_alone("stage=generate", f"run.dir={runs.run_dir}", "prompt=The", "generate.max_new_tokens=2")
+    assert written.returncode == 0, written.stdout
+    assert launch_alone("stage=cancel", f"run.dir={runs.run_dir}").returncode == 2, "nothing is at work"
+    assert runs.files() == before
+
+
+def test_what_decides_nothing_of_training_changes_freely(runs: Runs) -> None:
+    before = runs.files()
+    done = launch_alone(
+        f"run.dir={runs.run_dir}", "logging.every_steps=7", "parallel.micro_batch_tokens=512", "stage=train"
+    )
+    assert done.returncode == 0 and "changes" not in done.stdout, done.stdout
     assert runs.files() == before
 
 

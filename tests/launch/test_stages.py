@@ -131,7 +131,7 @@ def test_status_is_of_the_run_and_not_of_the_command_line(run_dir: Path, make_co
     done = launch("stage=status", f"run.dir={run_dir}", "curriculum.total_tokens=18432")
     assert done.returncode == 0, done.stdout
     assert "0 of 9,216" in done.stdout and "18,432" not in done.stdout
-    assert "the command line's differ in curriculum.total_tokens" in done.stdout
+    assert "the command line's differ in curriculum.phases.0.tokens: 2048 there, 4096 here" in done.stdout
 
 
 def test_an_early_stop_ends_training_and_the_chain_goes_on(run_dir: Path) -> None:

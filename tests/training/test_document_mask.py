@@ -58,7 +58,7 @@ def test_a_masked_run_goes_on_bit_by_bit_and_is_no_other_run(
     error = run_ranks(sessions.refusals, 1, [other], PHASES)[0][0]
     assert_matches(
         error,
-        r"document_mask: the checkpoint was trained with data\.document_mask=true.*allow_mismatch=\[document_mask\]",
+        r"data\.document_mask: true there, false here.*allow=\[data\.document_mask\]",
     )
     assert run_ranks(sessions.train, 1, stopped, PHASES) == [[True, True]]
     assert_equal_runs(stopped, through)

@@ -201,10 +201,9 @@ def test_spikes_are_skipped_on_the_device_and_a_resumed_run_skips_the_same(make_
         run_ranks(sessions.refusals, 1, [guarded := unguarded.model_copy(update={"guards": straight.guards})], [1, 2])[
             0
         ][0],
-        "config: ",
+        r"guards\.spike_sigma: unset there",
     )
-    allowed = guarded.checkpoint.model_copy(update={"allow_mismatch": ["config"]})
-    assert run_ranks(sessions.refusals, 1, [guarded.model_copy(update={"checkpoint": allowed})], [1, 2]) == [[""]]
+    assert run_ranks(sessions.refusals, 1, [guarded.model_copy(update={"allow": ["guards"]})], [1, 2]) == [[""]]
 
 
 def test_a_hanging_rank_is_ended_with_the_stacks_of_all(make_run: MakeRun, tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ Every sum in it is kept twice and compared whenever a ledger is made or read, so
 guessed from steps or samples. A ledger is immutable; `start_phase`, `consume` and the others return a new one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
-from yxanul_nemo.errors import UserError, nearest
+from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import read_bounded, write_text_atomic
 from yxanul_nemo.stored import Stored, first_problem
 
@@ -22,11 +22,6 @@ DOCUMENT_ORDER = "documents one after another"
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-FINGERPRINTS = ("corpus", "tokenizer", "model", "config")
-"""What a resume compares beside the curriculum; the names that `checkpoint.allow_mismatch` knows for them."""
-FLEXIBLE = ("planned_tokens", "lr_scale", "grad_clip", "blend")
-"""Fields that may change in a phase under way if `checkpoint.allow_mismatch` names them, as `phase_2.lr_scale`."""
 
 
 class PhasePlan(Stored):
@@ -125,6 +120,36 @@ class Expected(Stored):
     optimizer: Literal["adamw", "muon"] = "adamw"
     phases: tuple[PhasePlan, ...]
     """The whole curriculum."""
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    """Key -> value of everything that decides training, phases to come included (`identity.settings_of`)."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Fingerprint of each source's tokens."""
+
+
+class ChangeRecord(Stored):
+    """One setting that was changed in the life of a run."""
+
+    key: str
+    """As the command line has it."""
+    before: JsonValue
+    now: JsonValue
+    at_tokens: Count
+    """Tokens of the run from which the new value holds."""
+
+
+class LineageRecord(Stored):
+    """The checkpoint of another run that this one began from."""
+
+    run: str
+    """Name of that run's folder."""
+    at_tokens: Count
+    """Tokens that had been consumed there, and with which this run began."""
+    digest: str
+    """Of that checkpoint's manifest."""
+
+
+IDENTITY = tuple(name for name in Expected.model_fields if name != "phases")
+"""Fields that say which run it is; a ledger has them, too."""
 
 
 class Ledger(Stored):
@@ -160,8 +185,16 @@ class Ledger(Stored):
     """How windows are ordered; ledgers from before there was a choice are of documents in random order, one window after another."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Whose moments the checkpoint has; ledgers from before there was a choice are of AdamW."""
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    """Key -> value of everything that decides training; empty in ledgers from before they were kept."""
+    sources: dict[str, str] = Field(default_factory=dict)
+    """Fingerprint of each source's tokens."""
+    changes: tuple[ChangeRecord, ...] = ()
+    """What was changed in this run's life, oldest first."""
+    lineage: tuple[LineageRecord, ...] = ()
+    """Runs that this one was branched from, the nearest last."""
     notes: tuple[str, ...] = ()
-    """What was overridden in this run's life, in words."""
+    """What else happened in this run's life, in words."""
 
     @model_validator(mode="after")
     def _sums(self) -> Self:
@@ -194,8 +227,7 @@ class Ledger(Stored):
     @classmethod
     def fresh(cls, expected: Expected) -> "Ledger":
         """The ledger of a run that has consumed nothing."""
-        fields = [f"{name}_fingerprint" for name in FINGERPRINTS] + ["document_mask", "window_order", "optimizer"]
-        return cls(**{name: getattr(expected, name) for name in fields})
+        return cls(**{name: getattr(expected, name) for name in IDENTITY})
 
     @classmethod
     def read(cls, path: Path) -> "Ledger":
@@ -243,7 +275,7 @@ class Ledger(Stored):
             world_size=world_size,
             adapted_blend=None if adapted_blend is None else dict(adapted_blend),
         )
-        begun = _with(self, phases=(*self.phases, record), phase=self.phase + 1, phase_tokens=0)
+        begun = replaced(self, phases=(*self.phases, record), phase=self.phase + 1, phase_tokens=0)
         if adapted_blend is None:
             return begun
         shares = ", ".join(f"{name} {share:g}" for name, share in adapted_blend.items())
@@ -264,12 +296,12 @@ class Ledger(Stored):
             raise ValueError("tokens were consumed before a phase was begun")
         if tokens < 0 or min(tokens_per_source.values(), default=0) < 0:
             raise ValueError(f"tokens must not be negative: {tokens}, {dict(tokens_per_source)}")
-        record = _with(
+        record = replaced(
             self.current,
             consumed_tokens=self.current.consumed_tokens + tokens,
             tokens_per_source=_added(self.current.tokens_per_source, tokens_per_source),
         )
-        return _with(
+        return replaced(
             self,
             phases=(*self.phases[:-1], record),
             phase_tokens=record.consumed_tokens,
@@ -286,12 +318,12 @@ class Ledger(Stored):
         before = (self.current.micro_batch_size, self.current.world_size)
         if before == (micro_batch_size, world_size):
             return self
-        record = _with(self.current, micro_batch_size=micro_batch_size, world_size=world_size)
+        record = replaced(self.current, micro_batch_size=micro_batch_size, world_size=world_size)
         note = (
             f"phase {self.phase} at {self.tokens_total} tokens: micro_batch_size {before[0]} -> {micro_batch_size}, "
             f"world_size {before[1]} -> {world_size}"
         )
-        return _with(self, phases=(*self.phases[:-1], record)).with_note(note)
+        return replaced(self, phases=(*self.phases[:-1], record)).with_note(note)
 
     def with_precision(self, name: str) -> "Ledger":
         """Record the number format that the current phase is trained in from here on; a note is kept where it was another."""
@@ -300,7 +332,7 @@ class Ledger(Stored):
         before = self.current.precision
         if before == name:
             return self
-        changed = _with(self, phases=(*self.phases[:-1], _with(self.current, precision=name)))
+        changed = replaced(self, phases=(*self.phases[:-1], replaced(self.current, precision=name)))
         if before is None:
             return changed
         return changed.with_note(f"phase {self.phase} at {self.tokens_total} tokens: precision {before} -> {name}")
@@ -312,8 +344,8 @@ class Ledger(Stored):
         before = self.current.readings
         if before and (before[-1].end_window, before[-1].shares) == (reading.end_window, reading.shares):
             return self
-        changed = _with(self.current, readings=(*before, reading))
-        ledger = _with(self, phases=(*self.phases[:-1], changed))
+        changed = replaced(self.current, readings=(*before, reading))
+        ledger = replaced(self, phases=(*self.phases[:-1], changed))
         if not before:
             return ledger
         shares = ", ".join(f"{name} {share:.4g}" for name, share in reading.shares.items())
@@ -323,117 +355,11 @@ class Ledger(Stored):
 
     def with_note(self, note: str) -> "Ledger":
         """The same with one more note."""
-        return _with(self, notes=(*self.notes, note))
-
-    def differences(self, expected: Expected) -> list[str]:
-        """What the configured run does not share with this ledger, as sentences that begin with the field's name."""
-        return [f"{name}: {sentence}" for name, sentence in self._differences(expected).items()]
-
-    def require_matches(self, expected: Expected, allow: Sequence[str] = (), where: object = "checkpoint") -> "Ledger":
-        """Refuse to go on with a run that is not the recorded one.
-
-        Phases not begun yet may change freely. Finished phases cannot change at all; a phase under way may change its
-        `FLEXIBLE` fields, and fingerprints may change, if `allow` names them.
-
-        Args:
-            expected: the run as now configured.
-            allow: names as `differences` gives them (`checkpoint.allow_mismatch`).
-            where: how to name the checkpoint in the message.
-
-        Returns:
-            The ledger to go on with: allowed differences are taken over, each with a note.
-
-        Raises:
-            UserError: names every difference that is not allowed.
-        """
-        found = self._differences(expected)
-        allowable = {*FINGERPRINTS, "document_mask", *(f"phase_{self.phase}.{name}" for name in FLEXIBLE if self.phase)}
-        last = max(self.phase, len(expected.phases))
-        known = allowable | {f"phase_{number}.{field}" for number in range(1, last + 1) for field in FLEXIBLE}
-        for name in allow:
-            if name not in known:
-                raise UserError("checkpoint.allow_mismatch", f"no such field '{name}'", fix=nearest(name, known))
-        firm = [name for name in found if name not in allowable or not self._can_take(name, expected)]
-        refused = [name for name in found if name in firm or name not in allow]
-        if refused:
-            raise self._refusal(where, {name: found[name] for name in refused}, firm)
-        return self._taking(expected, found)
-
-    def _differences(self, expected: Expected) -> dict[str, str]:
-        found = {}
-        for name in FINGERPRINTS:
-            recorded, configured = getattr(self, f"{name}_fingerprint"), getattr(expected, f"{name}_fingerprint")
-            if recorded != configured:
-                found[name] = f"the checkpoint has {recorded[:16]}, the run is configured for {configured[:16]}"
-        if self.document_mask != expected.document_mask:
-            before, now = str(self.document_mask).lower(), str(expected.document_mask).lower()
-            found["document_mask"] = f"the checkpoint was trained with data.document_mask={before}, the run says {now}"
-        if self.phases and self.window_order != expected.window_order:
-            found["window_order"] = (
-                f"the checkpoint's run reads its windows as {self.window_order}, the run says {expected.window_order}"
-            )
-        if self.optimizer != expected.optimizer:
-            found["optimizer"] = (
-                f"the checkpoint was trained with optim={self.optimizer}, the run says {expected.optimizer}, which keeps other moments"
-            )
-        for record in self.phases:
-            if record.index > len(expected.phases):
-                found[f"phase_{record.index}"] = (
-                    f"phase {record.index} was begun, but the curriculum now has only {len(expected.phases)} phases"
-                )
-                continue
-            plan = expected.phases[record.index - 1]
-            state = "finished" if record.finished else f"trained for {record.consumed_tokens} tokens"
-            for name in PhasePlan.model_fields:
-                recorded, configured = getattr(record, name), getattr(plan, name)
-                if recorded != configured:
-                    found[f"phase_{record.index}.{name}"] = (
-                        f"phase {record.index} is {state} with {recorded}, the curriculum now says {configured}"
-                    )
-        return found
-
-    def _can_take(self, name: str, expected: Expected) -> bool:
-        if name in FINGERPRINTS or name == "document_mask":
-            return True
-        assert self.current is not None
-        plan = expected.phases[self.phase - 1]
-        fits = plan.planned_tokens >= self.phase_tokens and plan.planned_tokens % self.current.tokens_per_step == 0
-        return not self.current.finished and (not name.endswith(".planned_tokens") or fits)
-
-    def _refusal(self, where: object, refused: Mapping[str, str], firm: Sequence[str]) -> UserError:
-        fixes = ["Restore these settings, or train in a new run.dir."]
-        if final := [name for name in refused if name in firm]:
-            fixes.append(f"What was trained already cannot change ({', '.join(final)}).")
-        if open_ones := [name for name in refused if name not in firm]:
-            fixes.append(f"To go on all the same: checkpoint.allow_mismatch=[{','.join(open_ones)}].")
-        listed = "; ".join(f"{name}: {sentence}" for name, sentence in refused.items())
-        return UserError(where, f"it is of another run: {listed}", "the run it was saved by", " ".join(fixes))
-
-    def _taking(self, expected: Expected, found: Mapping[str, str]) -> "Ledger":
-        ledger = self
-        if self.window_order != expected.window_order:
-            ledger = _with(self, window_order=expected.window_order)
-        changes = {}
-        for name, sentence in found.items():
-            ledger = ledger.with_note(f"allowed at {self.tokens_total} tokens: {name}: {sentence}")
-            if name in FINGERPRINTS:
-                ledger = _with(ledger, **{f"{name}_fingerprint": getattr(expected, f"{name}_fingerprint")})
-            elif name == "document_mask":
-                ledger = _with(ledger, document_mask=expected.document_mask)
-            else:
-                field = name.partition(".")[2]
-                changes[field] = getattr(expected.phases[self.phase - 1], field)
-        if "blend" in changes:
-            # What the user says now counts, not what was made of what they said before.
-            changes["adapted_blend"] = None
-        if changes:
-            assert ledger.current is not None
-            ledger = _with(ledger, phases=(*ledger.phases[:-1], _with(ledger.current, **changes)))
-        return ledger
+        return replaced(self, notes=(*self.notes, note))
 
 
-def _with[Model: Stored](model: Model, **changes: object) -> Model:
-    """A changed copy that is validated as a new one would be (pydantic's `model_copy` is not)."""
+def replaced[Model: Stored](model: Model, **changes: object) -> Model:
+    """Return a changed copy that is validated as a new one would be (pydantic's `model_copy` is not)."""
     return type(model)(**(dict(model) | changes))
 
 

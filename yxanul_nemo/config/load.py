@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from yxanul_nemo.config.base import Section
 from yxanul_nemo.config.conf_files import CONF_DIR
+from yxanul_nemo.config.overriding import adds_to_list, with_entries
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.suggest import keys_of, suggest_argument, suggest_key
 from yxanul_nemo.errors import UserError, nearest
@@ -25,7 +26,7 @@ OF_ONE_COMMAND = {"from_", "prompt"}
 """Fields that say nothing of a run."""
 FILE_WIDTH = 120
 """Longest line of a configuration's file, where its values allow it."""
-RETIRED_KEYS = ("parallel.overlap_gradients", "plan.overlap", "plan.scale_to")
+RETIRED_KEYS = ("parallel.overlap_gradients", "plan.overlap", "plan.scale_to", "checkpoint.allow_mismatch")
 """Keys of earlier versions that decided nothing about a model. A stored configuration may have them; they are left out."""
 
 
@@ -57,10 +58,13 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> 
         if not folder.is_dir():
             raise UserError("--config-dir", f"{folder} is not a folder", "a folder laid out as conf/")
     searched = [f"hydra.searchpath=[{','.join(repr(f'file://{folder.absolute()}') for folder in config_dirs)}]"]
+    new_entries = [override for override in overrides if adds_to_list(override)]
+    overrides = [override for override in overrides if override not in new_entries]
     overrides = [*searched, *overrides] if config_dirs else overrides
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         try:
-            return hydra.compose("config", overrides=list(overrides))
+            composed = hydra.compose("config", overrides=list(overrides))
+            return with_entries(composed, new_entries) if new_entries else composed
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             # ValueError: OmegaConf's own, for a name where a list has numbers.
             raise _override_error(error, overrides, (CONF_DIR, *config_dirs)) from None

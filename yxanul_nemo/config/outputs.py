@@ -24,9 +24,6 @@ class CheckpointConfig(Section):
     false: it waits for the disk."""
     verify: Literal["full", "size"] = "full"
     """What loading checks against the manifest: SHA-256 of every file, or only their sizes."""
-    allow_mismatch: list[str] = Field(default_factory=list)
-    """Differences between a checkpoint and the configured run that a resume may accept, by the names that the refusal gives
-    them, as in `[config]` or `[phase_2.lr_scale]`; each is noted in the ledger."""
 
 
 class DomainConfig(Section):

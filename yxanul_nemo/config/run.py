@@ -66,7 +66,10 @@ class RunConfig(Section):
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
     runs: list[PathValue] = Field(default_factory=list)
-    """Folders of runs that `stage=report` compares; empty: a report of `run.dir`."""
+    """Folders of runs that `stage=report` compares and `stage=status` lists, or globs such as `runs/*`; empty: `run.dir`."""
+    allow: list[str] = Field(default_factory=list)
+    """Keys that a run which has begun may change for the steps to come, as in `[optim.lr]` or `[curriculum]`; the ledger keeps each change
+    with the token from which it holds."""
 
     @property
     def sources(self) -> list[Path]:

@@ -1,10 +1,9 @@
 """What of a run is done, by what lies in its folder, and what can be checked before any of the rest is spent. Light."""
 
 from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
+from yxanul_nemo.checkpoint.going_on import require_allowed
 from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
-from yxanul_nemo.config.differences import SHAPES, differences
-from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import check_enough_tokens, plan_phases, selected_phases, source_sizes
 from yxanul_nemo.errors import UserError
@@ -12,10 +11,7 @@ from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.plan.needs import check_formats, check_tokenizer, check_trackers
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
-from yxanul_nemo.validation.record import early_stop_tokens, find_result
-
-MOST_NAMED = 12
-"""Settings that differ which one message names."""
+from yxanul_nemo.validation.record import early_stop_tokens, find_result, read_tokens
 
 
 class RunState:
@@ -28,6 +24,7 @@ class RunState:
     def __init__(self, config: RunConfig, stages: list[str]):
         self.config, self.stages = config, stages
         self.store = CheckpointStore.of_run(config)
+        self.phases = plan_phases(config.curriculum)
         phases = selected_phases(config.phases, len(config.curriculum.phases)) if "train" in stages else []
         self.tasks = [Task("train", number) for number in phases]
         self.tasks += [Task(stage) for stage in ("validate", "export") if stage in stages]
@@ -71,6 +68,10 @@ class RunState:
 
     def check_before_data(self, todo: list[Task]) -> None:
         """What needs no corpus; raises UserError."""
+        if "train" in self.stages and (newest := self.newest()) is not None:
+            # Before a corpus is changed that other settings began with.
+            expected = expected_run(self.config, None, self.phases)
+            require_allowed(newest.read_ledger(), expected, self.config.allow, newest.path, corpus_known=False)
         if any(task.kind != "export" for task in todo):
             check_domain_files(self.config.validation, are_to_come=self.config.cluster.dry_run)
         if any(task.kind == "train" for task in todo):
@@ -98,16 +99,11 @@ class RunState:
             require_expressible(Tokenizer.load(folder), folder)
         if "train" not in self.stages:
             return
-        phases = plan_phases(config.curriculum)
-        check_enough_tokens(config, phases, sizes)
+        check_enough_tokens(config, self.phases, sizes)
         if (newest := self.newest()) is not None:
-            # The worker does this again and keeps what was allowed; here it comes before its imports, and for finished runs.
-            try:
-                newest.read_ledger().require_matches(
-                    expected_run(config, manifest, phases), config.checkpoint.allow_mismatch, where=newest.path
-                )
-            except UserError as error:
-                raise _with_keys(error, config) from None
+            # The worker does this again; here it comes before its imports, and for finished runs.
+            expected = expected_run(config, manifest, self.phases)
+            require_allowed(newest.read_ledger(), expected, config.allow, newest.path)
 
     def _is_trained(self, number: int, newest: Checkpoint) -> bool:
         """Whether a phase is trained and validated, or left out by an early stop. Having begun phase n + 1 means that n was ended."""
@@ -116,8 +112,12 @@ class RunState:
             return True
         if newest.phase < number or (newest.phase == number and not newest.phase_end):
             return False
-        if self.config.run.folder.phase_result(number).is_file():
-            return True
+        if newest.phase == number and newest.read_ledger().phase_tokens < self.phases[number - 1].tokens:
+            # It was ended, and is to be longer now.
+            return False
+        result = self.config.run.folder.phase_result(number)
+        if result.is_file():
+            return newest.phase > number or read_tokens(result) == newest.tokens
         return not any(c.phase == number and c.phase_end for c in self.store.list())
 
 
@@ -140,17 +140,3 @@ def _check_keeps_formats(config: RunConfig) -> None:
             f"[{every}]",
             f"Write all with export.formats=[{every}], or move that folder away first.",
         )
-
-
-def _with_keys(refusal: UserError, config: RunConfig) -> UserError:
-    """The refusal to go on with another run, with the settings that differ from those that the run's folder keeps."""
-    if not config.run.folder.config.is_file():
-        return refusal
-    found = differences(load_run_config(config.run.folder.config), config)
-    if not found:
-        return refusal
-    named = ", ".join(f"{key} ({what})" for key, what in list(found.items())[:MOST_NAMED])
-    fix = refusal.fix
-    if shapes := [key for key in found if key in SHAPES]:
-        fix = f"Restore {', '.join(shapes)}, because weights of another shape cannot be loaded, or train in a new run.dir."
-    return UserError(refusal.where, f"{refusal.problem}. Settings that differ: {named}", refusal.expected, fix)

@@ -6,12 +6,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
-from yxanul_nemo.config.differences import differences
-from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import Phase, plan_phases
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.launch.run_state import MOST_NAMED, RunState
+from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
 from yxanul_nemo.launch.slurm.commands import JobState
 from yxanul_nemo.launch.slurm.record import ChainRecord, Job, JobNote
@@ -49,7 +47,7 @@ class Row:
 def show_status(config: RunConfig) -> None:
     """Print the table on standard output; reads, and changes nothing."""
     chain = ChainRecord.read(config.run.dir)
-    config = _own_settings(config, chain)
+    _require_run(config)
     rows = status_rows(config)
     console = table_console()
     head = f"[bold]{config.run.name}[/bold] in {config.run.dir}"
@@ -64,29 +62,14 @@ def show_status(config: RunConfig) -> None:
         console.print(f"to go on: {chain.command}", soft_wrap=True, markup=False)
 
 
-def _own_settings(asked: RunConfig, chain: ChainRecord | None) -> RunConfig:
-    """The settings that the run in `run.dir` has been given, which the command line need not repeat.
-
-    Raises:
-        UserError: there is no run.
-    """
-    folder = asked.run.folder
-    path = folder.slurm_config if chain else folder.config
-    if not path.is_file():
-        there = folder.checkpoints.is_dir() or (folder.data / MANIFEST_NAME).is_file() or running_launcher(folder.root)
-        if there:
-            return asked
-        raise UserError(
-            folder.root, "holds no run", "the folder of a run", "Name it with run.dir=, or begin it with stage=all."
-        )
-    own = load_run_config(path)
-    own = own.model_copy(update={"run": own.run.model_copy(update={"dir": folder.root})})
-    found = differences(own, asked)
-    if found:
-        logger.info(
-            "shown by the run's own settings; the command line's differ in %s", ", ".join(list(found)[:MOST_NAMED])
-        )
-    return own
+def _require_run(config: RunConfig) -> None:
+    folder = config.run.folder
+    marks = (folder.config, folder.slurm_config, folder.data / MANIFEST_NAME)
+    if folder.checkpoints.is_dir() or any(path.is_file() for path in marks) or running_launcher(folder.root):
+        return
+    raise UserError(
+        folder.root, "holds no run", "the folder of a run", "Name it with run.dir=, or begin it with stage=all."
+    )
 
 
 def status_rows(config: RunConfig) -> list[Row]:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
+from yxanul_nemo.checkpoint.going_on import require_allowed
 from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.data import ASSUMED_CHARS_PER_TOKEN, CHARS_PER_TOKEN
@@ -147,7 +148,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
     ledger = checkpoint.read_ledger() if checkpoint else None
     if checkpoint is not None and manifest is not None:
         expected = expected_run(config, manifest, phases)
-        ledger.require_matches(expected, config.checkpoint.allow_mismatch, where=checkpoint.path)
+        require_allowed(ledger, expected, config.allow, checkpoint.path)
     vocab_size, vocab_size_source = _vocab_size(config, manifest)
     is_auto = config.precision.name == "auto"
     config = config.model_copy(update={"precision": precision})

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from yxanul_nemo.config.differences import flat
+from yxanul_nemo.config.changes import leaves
 from yxanul_nemo.figures import clock, count
 from yxanul_nemo.report.charts import SMOOTHED_FROM, smoothed
 from yxanul_nemo.report.gather import Run
@@ -14,7 +14,7 @@ from yxanul_nemo.report.page import Section, Table, render
 from yxanul_nemo.report.single import NONE, state
 from yxanul_nemo.report.style import COLORS, Chart, count_axis, finish, panels, styled, thinned, token_axis
 
-NOT_COMPARED = ("run", "report", "plan", "bench", "runs", "stage", "phases", "logging")
+NOT_COMPARED = ("run", "report", "plan", "bench", "runs", "stage", "phases", "allow", "logging")
 """Sections of the configuration that do not decide what is trained."""
 
 
@@ -160,7 +160,9 @@ def _domains(runs: Sequence[Run]) -> Table:
 
 
 def _differences(runs: Sequence[Run]) -> Table:
-    by_run = [flat(run.config.model_dump(mode="json", exclude=set(NOT_COMPARED))) for run in runs]
+    by_run = [
+        {key: value for key, value in leaves(run.config) if key.partition(".")[0] not in NOT_COMPARED} for run in runs
+    ]
     keys = list(dict.fromkeys(key for one in by_run for key in one))
     rows = [
         [key, *(json.dumps(one[key], ensure_ascii=False) if key in one else NONE for one in by_run)]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from yxanul_nemo.config.changes import shown
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.curriculum.phases import Phase
@@ -43,6 +44,11 @@ def run_page(run: Run, charts: Mapping[str, Chart], samples: list[Sample]) -> st
         ),
         Section("speed", "Speed", _speed_note(run), _some(charts, "speed")),
         Section("schedule", "Learning rate and clipping", "", _some(charts, "schedule")),
+        *(
+            [Section("history", "Changes in the life of the run", "", (), [_history_table(run)])]
+            if _history(run)
+            else []
+        ),
         Section("gradients", "Gradients", _gradient_note(run), _some(charts, "gradients")),
         Section("data", "Data", "", _some(charts, "sources"), [_data_table(run)] if run.manifest else []),
         Section(
@@ -246,6 +252,22 @@ def _checkpoints_table(run: Run) -> Table:
     ]
     title = f"Exports of {run.exported.get('checkpoint', '')}, compared with the checkpoint"
     return Table(["export", "largest logit difference", "equal greedy tokens"], rows, title=title)
+
+
+def _history(run: Run) -> list[tuple[int, list[str]]]:
+    """Return rows of what was changed and where the run came from, with the tokens from which it holds."""
+    if run.ledger is None:
+        return []
+    begun = [
+        (one.at_tokens, ["branched from", f"{one.run}, checkpoint {one.digest[:16]}", ""]) for one in run.ledger.lineage
+    ]
+    changed = [(one.at_tokens, [one.key, shown(one.before), shown(one.now)]) for one in run.ledger.changes]
+    return sorted(begun + changed, key=lambda row: row[0])
+
+
+def _history_table(run: Run) -> Table:
+    rows = [[f"{at_tokens:,}", *cells] for at_tokens, cells in _history(run)]
+    return Table(["from token", "what", "before", "since then"], rows, left=(1, 2, 3), wrap=(2, 3))
 
 
 def _commands(environment: Mapping[str, Any]) -> list[str]:

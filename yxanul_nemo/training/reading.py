@@ -53,7 +53,12 @@ def _windows(
     shuffle_tokens: int,
 ) -> PhaseWindows:
     readings = [
-        Reading(reading.first_window, reading.end_window, np.array([reading.shares[name] for name in names]))
-        for reading in record.readings
+        Reading(reading.first_window, reading.end_window, _shares(reading, names)) for reading in record.readings
     ]
     return PhaseWindows(sources, positions, record.seq_len, readings, shuffle_tokens)
+
+
+def _shares(reading: ReadingRecord, names: Sequence[str]) -> np.ndarray:
+    """Return the share of each source; one that came later has none."""
+    assert reading.shares.keys() <= set(names), "sources that were read stay in the configuration"
+    return np.array([reading.shares.get(name, 0.0) for name in names])

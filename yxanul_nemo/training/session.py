@@ -11,6 +11,7 @@ from megatron.core import parallel_state
 from torch.utils.data import DataLoader
 
 from data_prep.corpus.manifest import load_manifest
+from yxanul_nemo.checkpoint.going_on import gone_on
 from yxanul_nemo.checkpoint.identity import expected_run, phase_plan
 from yxanul_nemo.checkpoint.ledger import Ledger, PhaseRecord
 from yxanul_nemo.checkpoint.shards import ShardReader
@@ -185,9 +186,7 @@ class PhaseSession:
         if checkpoint is None:
             ledger = Ledger.fresh(expected)
         else:
-            ledger = checkpoint.read_ledger().require_matches(
-                expected, self.config.checkpoint.allow_mismatch, where=checkpoint.path
-            )
+            ledger = gone_on(checkpoint.read_ledger(), expected, self.config.allow, checkpoint.path)
             self._load(checkpoint)
         if ledger.phase == number:
             return self._as_trained_here(ledger)

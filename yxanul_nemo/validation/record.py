@@ -60,6 +60,14 @@ def find_result(config: RunConfig, checkpoint: Checkpoint) -> dict[str, Any] | N
     return None
 
 
+def read_tokens(path: Path) -> int | None:
+    """Return the tokens of the run after which a result was made; None where the file is no result."""
+    try:
+        return int(parse_json(path.read_text(encoding="utf-8"))["tokens_total"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def metric_of(result: Mapping[str, Any], metric: str) -> float:
     """The value that `validation.best_metric` names; lower is better."""
     domain, dot, field = metric.rpartition(".")

@@ -1,0 +1,165 @@
+"""The settings of a run that has begun: its own `config.yaml`, with what the command line says on top.
+
+`run.dir=X` alone goes on as the run was. A command that names a recipe says all settings anew, and one that chooses another file of
+`conf/` those of its section.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from yxanul_nemo.checkpoint.going_on import setting_differences
+from yxanul_nemo.checkpoint.identity import settings_of
+from yxanul_nemo.config.base import expanded
+from yxanul_nemo.config.conf_files import CONF_DIR
+from yxanul_nemo.config.load import compose, load_run_config, parse
+from yxanul_nemo.config.overriding import apply, escaped, parsed, resolved
+from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.curriculum.phases import plan_phases
+from yxanul_nemo.run_folder import RunFolder
+
+OF_ONE_COMMAND = ("stage", "from", "prompt", "phases", "runs", "allow")
+"""Keys that a command says for itself alone."""
+OF_TRAINING = ("run", "model", "tokenizer", "data", "curriculum", "optim", "precision", "guards")
+"""Sections that training is decided by."""
+LOOKING = ("status", "report", "cancel", "generate", "evaluate", "validate", "export")
+"""Stages about what was trained: settings of training that differ change nothing for them."""
+BEGINNING = ("branch", "import", "help")
+"""Stages that begin a run, or are about none."""
+
+
+class Asked(NamedTuple):
+    """What a command line asks for."""
+
+    config: RunConfig
+    said: list[str]
+    """Whose settings these are, in lines for people; empty for a run that has not begun."""
+
+
+def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -> Asked:
+    """Return the settings that a command line asks for.
+
+    Args:
+        overrides: arguments in Hydra's grammar, without Hydra's own options.
+        config_dirs: folders with more options than `conf/` has.
+
+    Raises:
+        UserError: an argument names no key or has no valid value.
+    """
+    read = parsed(overrides)
+    run_dir = _run_dir(read, overrides, config_dirs) if read is not None else None
+    own = own_settings(run_dir) if run_dir is not None else None
+    if read is None or own is None:
+        return Asked(parse(compose(overrides, config_dirs)), [])
+    asked = _changed(own, read, overrides, config_dirs)
+    found = setting_differences(*(settings_of(one, plan_phases(one.curriculum)) for one in (own, asked)))
+    said = [f"the settings are those of the run in {run_dir}"]
+    named = ", ".join(map(str, found))
+    if found and _is_looking(asked.stage):
+        said.append(f"shown by these; the command line's differ in {named}")
+        asked = asked.model_copy(update={name: getattr(own, name) for name in OF_TRAINING})
+    elif found:
+        said.append(f"the command line changes {named}")
+    kept = [name for name in own.allow if not any(_is_under(one.key, name) for one in found)]
+    allow = list(dict.fromkeys([*asked.allow, *kept]))
+    return Asked(asked.model_copy(update={"allow": allow}), said)
+
+
+def own_settings(run_dir: Path) -> RunConfig | None:
+    """Return the settings that a run was last given, with the folder that it is in now; None for one that has not begun.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    folder = RunFolder(run_dir)
+    path = folder.slurm_config if folder.slurm_chain.is_file() else folder.config
+    if not path.is_file():
+        return None
+    own = load_run_config(path)
+    return own.model_copy(update={"run": own.run.model_copy(update={"dir": run_dir})})
+
+
+def _run_dir(read: Sequence[Override], overrides: Sequence[str], config_dirs: Sequence[Path]) -> Path | None:
+    """Return the folder of the run that the command line goes on with; None where it begins one."""
+    stage = next((one.value() for one in reversed(read) if one.key_or_group == "stage"), "all")
+    if stage in BEGINNING:
+        return None
+    groups = _groups(config_dirs)
+    about_place = [
+        text
+        for one, text in zip(read, overrides, strict=True)
+        if one.key_or_group in groups or one.key_or_group.startswith("run.")
+    ]
+    try:
+        composed = compose(about_place, config_dirs)
+        if re.search(r"\$\{(?!run\.name\})", str(OmegaConf.to_container(composed, resolve=False)["run"]["dir"])):
+            composed = compose(overrides, config_dirs)
+        return Path(expanded(str(composed.run.dir)))
+    except (OmegaConfBaseException, ValueError):
+        # What is wrong with it is said where the whole is composed.
+        return None
+
+
+def _changed(
+    own: RunConfig, read: Sequence[Override], overrides: Sequence[str], config_dirs: Sequence[Path]
+) -> RunConfig:
+    """Return a run's own settings with the command line's on top."""
+    groups = _groups(config_dirs)
+    if any(one.key_or_group == "recipe" for one in read):
+        return parse(compose(overrides, config_dirs))
+    settings = own.model_dump(
+        mode="json", by_alias=True, exclude={"from_" if name == "from" else name for name in OF_ONE_COMMAND}
+    )
+    keys = [one.key_or_group for one in read]
+    of_phases = any(key.startswith("curriculum.phases") for key in keys) and "curriculum.total_tokens" not in keys
+    if of_phases and own.curriculum.total_tokens is not None:
+        _unscale(settings["curriculum"], own)
+    settings = escaped(settings)
+    for one in read:
+        if one.key_or_group in groups:
+            settings[one.key_or_group] = _option(one.key_or_group, str(one.value()), config_dirs)
+        elif one.key_or_group != "run.dir" and not one.key_or_group.startswith("hydra."):
+            apply(settings, one)
+    return parse(resolved(settings))
+
+
+def _unscale(curriculum: dict[str, Any], own: RunConfig) -> None:
+    """Give each phase the tokens that it is trained for, so that one can change without the others."""
+    curriculum["total_tokens"] = None
+    for phase, settings in zip(plan_phases(own.curriculum), curriculum["phases"], strict=True):
+        settings["tokens"] = phase.tokens
+
+
+def _option(group: str, name: str, config_dirs: Sequence[Path]) -> dict[str, Any]:
+    """Return what a file of `conf/` says, with the files of its folder that it begins with."""
+    path = next(found for folder in (*config_dirs, CONF_DIR) if (found := folder / group / f"{name}.yaml").is_file())
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    begins_with = [one for one in loaded.pop("defaults", []) if isinstance(one, str) and one != "_self_"]
+    settings: dict[str, Any] = {}
+    for other in begins_with:
+        settings |= _option(group, other, config_dirs)
+    return settings | loaded
+
+
+def _groups(config_dirs: Sequence[Path]) -> set[str]:
+    return {
+        path.name
+        for folder in (CONF_DIR, *config_dirs)
+        if folder.is_dir()
+        for path in folder.iterdir()
+        if path.is_dir()
+    }
+
+
+def _is_looking(stage: str | list[str]) -> bool:
+    return set([stage] if isinstance(stage, str) else stage) <= set(LOOKING)
+
+
+def _is_under(key: str, name: str) -> bool:
+    return key == name or key.startswith(f"{name}.") or name.startswith(f"{key}.")

@@ -43,15 +43,17 @@ class WindowOrder:
         shuffle_tokens: int,
     ):
         self.source, self.position, self.seq_len = source, position, seq_len
-        bounds = _stretch_bounds(
-            plans,
-            max(1, shuffle_tokens // seq_len),
-            source.windows_left(position, seq_len),
-            source.windows_per_epoch(seq_len),
-        )
-        self.bounds = np.array(bounds, dtype=np.int64)
-        """[stretches + 1]: numbers of the windows at which stretches begin, and the end of the last one."""
+        self.end = plans[-1].end
+        """Windows that the phase is to read."""
+        self.bounds: np.ndarray | None = None
+        """[stretches + 1] int64: numbers of the windows at which stretches begin, and the end of the last one; None: not shuffled."""
+        most = shuffle_tokens // seq_len
+        if most > 1:
+            left, per_epoch = source.windows_left(position, seq_len), source.windows_per_epoch(seq_len)
+            self.bounds = np.array(_stretch_bounds(plans, most, left, per_epoch), dtype=np.int64)
         self._permutation: tuple[int, KeyedPermutation] | None = None
+        self._asked_up_to = position
+        """Position up to which the disk was asked for tokens."""
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Return windows first .. first + count - 1, each with the token after it, [count, seq_len + 1] in the type of the files."""
@@ -65,12 +67,15 @@ class WindowOrder:
 
     def position_after(self, windows: int) -> int:
         """Return where the next phase begins if this one ends after its first `windows` windows: after the stretch of the last of them."""
-        stretch_end = self.bounds[np.searchsorted(self.bounds, windows, side="left")]
-        return self.source.position_after(self.position, self.seq_len, int(stretch_end))
+        if self.bounds is not None:
+            windows = int(self.bounds[np.searchsorted(self.bounds, windows, side="left")])
+        return self.source.position_after(self.position, self.seq_len, windows)
 
     def _numbers(self, first: int, count: int) -> np.ndarray:
         """Return the numbers of windows in the source's order, counted from `position` on."""
-        assert first + count <= self.bounds[-1], "a phase reads no more than it planned"
+        assert first + count <= self.end, "a phase reads no more than it planned"
+        if self.bounds is None:
+            return np.arange(first, first + count)
         out = np.empty(count, dtype=np.int64)
         done = 0
         while done < count:
@@ -78,21 +83,22 @@ class WindowOrder:
             begin, end = int(self.bounds[stretch]), int(self.bounds[stretch + 1])
             n = min(count - done, end - first - done)
             in_stretch = np.arange(first + done - begin, first + done - begin + n)
-            out[done : done + n] = begin + self._enter(stretch, begin, end)(in_stretch)
+            if self._permutation is None or self._permutation[0] != stretch:
+                order = KeyedPermutation(end - begin, *self.source.key, "windows", self.position, self.seq_len, begin)
+                self._permutation = stretch, order
+                self._ask_for(begin, int(self.bounds[min(stretch + 2, len(self.bounds) - 1)]))
+            out[done : done + n] = begin + self._permutation[1](in_stretch)
             done += n
         return out
 
-    def _enter(self, stretch: int, begin: int, end: int) -> KeyedPermutation:
-        """Return the order of a stretch; at its first use, have the disk begin to read it and the one after it."""
-        if self._permutation is None or self._permutation[0] != stretch:
-            order = KeyedPermutation(end - begin, *self.source.key, "windows", self.position, self.seq_len, begin)
-            self._permutation = stretch, order
-            ahead = self.bounds[min(stretch + 2, len(self.bounds) - 1)]
-            self.source.will_need(
-                int(self.source.window_positions(self.position, self.seq_len, np.array([begin]))[0]),
-                self.source.position_after(self.position, self.seq_len, int(ahead)),
-            )
-        return self._permutation[1]
+    def _ask_for(self, first: int, end: int) -> None:
+        """Have the disk begin to read windows first .. end - 1 of the source's order, as far as it was not asked before."""
+        begin = int(self.source.window_positions(self.position, self.seq_len, np.array([first]))[0])
+        up_to = self.source.position_after(self.position, self.seq_len, end)
+        begin = max(begin, self._asked_up_to)
+        if begin < up_to:
+            self.source.will_need(begin, up_to)
+            self._asked_up_to = up_to
 
 
 def _stretch_bounds(plans: Sequence[PlannedWindows], most: int, left_in_epoch: int, per_epoch: int) -> list[int]:

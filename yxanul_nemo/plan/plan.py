@@ -31,6 +31,7 @@ from yxanul_nemo.plan.estimates import Speed, checkpoint_bytes, forecast_speed
 from yxanul_nemo.plan.gpu import check_gpu_precision, choose_gpu, planned_precision
 from yxanul_nemo.plan.progress import PhaseDone, phases_done
 from yxanul_nemo.plan.scaling import Simulator
+from yxanul_nemo.plan.measured_rates import rate_warnings
 from yxanul_nemo.plan.warnings import plan_warnings
 
 PLAN_VERSION = 1
@@ -191,7 +192,10 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         checkpoint_bytes=one_checkpoint_bytes,
         checkpoints_kept=kept,
         checkpoints_disk_bytes=kept * one_checkpoint_bytes,
-        warnings=plan_warnings(config, gpu, found, ranks, rows, vocab_size, vocab_size_source),
+        warnings=[
+            *plan_warnings(config, gpu, found, ranks, rows, vocab_size, vocab_size_source),
+            *rate_warnings(config, phases, parameters),
+        ],
     )
 
 

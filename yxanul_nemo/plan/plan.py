@@ -29,9 +29,9 @@ from yxanul_nemo.model.counts import parameter_count, training_flops_per_token
 from yxanul_nemo.model.memory import forecast_memory_bytes, with_micro_batch
 from yxanul_nemo.plan.estimates import Speed, checkpoint_bytes, forecast_speed
 from yxanul_nemo.plan.gpu import check_gpu_precision, choose_gpu, planned_precision
+from yxanul_nemo.plan.measured_rates import rate_warnings
 from yxanul_nemo.plan.progress import PhaseDone, phases_done
 from yxanul_nemo.plan.scaling import Simulator
-from yxanul_nemo.plan.measured_rates import rate_warnings
 from yxanul_nemo.plan.warnings import plan_warnings
 
 PLAN_VERSION = 1

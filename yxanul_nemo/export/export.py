@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,15 @@ from yxanul_nemo.export.parity import (
     expect_weights_rounded,
     fixed_prompts,
     load_nemo,
+    proof_device,
     require_exportable,
 )
-from yxanul_nemo.export.publish import list_files, recover_folder, replace_folder, sync_folder
+from yxanul_nemo.export.publish import list_and_sync, list_files, recover_folder, replace_folder, sync_folder
 from yxanul_nemo.export.record import write_record
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.gpus import rank_and_processes
 from yxanul_nemo.model.build import reference_precision
+from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.validation.record import find_result
 
@@ -83,11 +86,16 @@ class Exporter:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
             try:
+                logger.info("export: writing %s", ", ".join(self.config.export.formats))
                 self.write(unfinished, model)
-                parity = self.prove(unfinished, model)
+                with ThreadPoolExecutor(1) as beside:
+                    written = beside.submit(list_and_sync, unfinished)
+                    parity = self.prove(unfinished, model)
+                    files = written.result()
                 if HF_NAME in parity:
-                    (unfinished / HF_NAME / "README.md").write_text(self._card(parity[HF_NAME]), encoding="utf-8")
-                files = list_files(unfinished)
+                    card = unfinished / HF_NAME / "README.md"
+                    card.write_text(self._card(parity[HF_NAME]), encoding="utf-8")
+                    files |= list_files(unfinished, [card])
                 write_record(self.config, self.checkpoint, unfinished, files, parity)
                 sync_folder(unfinished)
                 replace_folder(unfinished, place)
@@ -117,7 +125,11 @@ class Exporter:
         Returns:
             Name in the folder -> what `check_parity` measured.
         """
-        prompts_BT = fixed_prompts(self.manifest.vocab_size, self.manifest.eos_id)
+        vocab_size, shape = self.manifest.vocab_size, self.config.model
+        device = proof_device(self.config.parallel, parameter_count(shape, 0) + vocab_size * shape.hidden_size)
+        logger.info("export: loading what was written and comparing its logits with the checkpoint's (%s)", device.type)
+        model.to(device)
+        prompts_BT = fixed_prompts(vocab_size, self.manifest.eos_id)
         parity: dict[str, Any] = {}
         formats, factorized = self.config.export.formats, self.config.export.factorized
         own = cache(lambda: expect_weights_rounded(model, prompts_BT, self.dtype))
@@ -129,11 +141,11 @@ class Exporter:
         )
         if "hf" in formats:
             expected = own if factorized else folded
-            parity[HF_NAME] = check_parity(HF_NAME, expected(), load_folder(folder / HF_NAME, factorized))
+            parity[HF_NAME] = check_parity(HF_NAME, expected(), load_folder(folder / HF_NAME, factorized).to(device))
         if "gguf" in formats:
-            parity[GGUF_NAME] = check_parity(GGUF_NAME, folded(), load_gguf(folder / GGUF_NAME))
+            parity[GGUF_NAME] = check_parity(GGUF_NAME, folded(), load_gguf(folder / GGUF_NAME).to(device))
         if "nemo" in formats:
-            parity[NEMO_NAME] = check_parity(NEMO_NAME, own(), load_nemo(folder / NEMO_NAME))
+            parity[NEMO_NAME] = check_parity(NEMO_NAME, own(), load_nemo(folder / NEMO_NAME).to(device))
         return parity
 
     def _card(self, parity: dict[str, Any]) -> str:

@@ -53,12 +53,12 @@ def write_hf(
 
 def write_nemo(path: Path, model: YxanulGPT, tokenizer: Tokenizer, tokenizer_folder: Path, dtype: torch.dtype) -> None:
     """Write a `.nemo` file through NeMo's own `save_to`; `tokenizer` is saved in `tokenizer_folder`."""
-    from yxanul_nemo.model.nemo_model import YxanulModel, nemo_config, quiet_nemo
+    from yxanul_nemo.model.nemo_model import YxanulModel, nemo_config, quiet_nemo, weights_to_come
 
     weights = {
         f"{WEIGHT_PREFIX}{name}": value for name, value in model.state_dict().items() if isinstance(value, Tensor)
     }
-    with quiet_nemo():
+    with quiet_nemo(), weights_to_come():
         wrapped = YxanulModel(nemo_config(model.model_shape, model.real_vocab_size, tokenizer, tokenizer_folder))
         wrapped.load_state_dict(weights)
         wrapped.to(dtype).save_to(str(path))

@@ -1,7 +1,8 @@
 """Proof that an export is the model: logits and greedy text of what was written, loaded anew, against the checkpoint's.
 
 The proof is computed in FP64: two right implementations then differ by about a fifth of what they do in FP32, where rounding
-alone reaches the tolerance in 28 layers, so that it shows errors and not rounding. Beside it the difference in FP32, as users
+alone reaches the tolerance in 28 layers, so that it shows errors and not rounding. It runs on a GPU where there is one, whose FP64 is
+fast on data-centre cards and faster than a CPU's on others. Beside it the difference in FP32, as users
 compute, is measured and must stay under the same tolerance, or where the checkpoint's own rounding in FP32 is larger than a
 quarter of that, under four times that rounding. (A bound from the export's rounding as well would always hold.)
 Where the written weights are BF16, they are compared with the checkpoint's own rounded to BF16 in memory, so that no error hides
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor
 
 from yxanul_nemo.config.model import ModelConfig
+from yxanul_nemo.config.training import ParallelConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.fold import llama_config, to_llama
+from yxanul_nemo.export.fold import factorized_config, llama_config, to_llama
 from yxanul_nemo.export.llama import build_llama, greedy
 from yxanul_nemo.model.gpt import YxanulGPT
 
@@ -30,8 +32,12 @@ ROUNDINGS = 4
 largest of millions of differences is compared."""
 GREEDY_TOKENS = 64
 PROMPT_TOKENS = 48
+PROOF_BYTES_PER_PARAMETER = 20
+"""Of GPU memory: the checkpoint's model in FP32, another in FP64, and both forms of the tensor that is being converted."""
+PROOF_BYTES = 4 << 30
+"""Of GPU memory beside the models: logits and activations."""
 
-FOLDED_MODEL = "the model folded into a Llama"
+AS_LLAMA = "the model as a Llama"
 
 
 class ParityError(Exception):
@@ -62,11 +68,21 @@ def fixed_prompts(vocab_size: int, eos_id: int) -> Tensor:
     return prompts
 
 
+def proof_device(parallel: ParallelConfig, parameters: int) -> torch.device:
+    """Return where to prove exports of a model of so many parameters, its embedding multiplied out: on the GPU if it has room now."""
+    if parallel.device == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    free_bytes, _ = torch.cuda.mem_get_info()
+    fits = free_bytes >= PROOF_BYTES + PROOF_BYTES_PER_PARAMETER * parameters
+    return torch.device("cuda", torch.cuda.current_device()) if fits else torch.device("cpu")
+
+
 @torch.no_grad()
 def expect_weights_rounded(model: YxanulGPT, prompts_BT: Tensor, dtype: torch.dtype) -> Expectation:
     """For formats that keep the model's own matrices (`.nemo`, the factorized folder): each rounded to `dtype`."""
     with _rounded(model, dtype):
-        ids_BT = _with_greedy(_folded(model), prompts_BT)
+        # The pair of matrices is less work in each step than their product.
+        ids_BT = _with_greedy(_as_llama(model, factorized=True), prompts_BT)
         logits_BTV, fp32_logits_BTV = _logits(model, ids_BT), _own_logits(model, ids_BT)
     return _expectation(model, ids_BT, logits_BTV, fp32_logits_BTV, dtype)
 
@@ -80,8 +96,8 @@ def expect_folded_then_rounded(model: YxanulGPT, prompts_BT: Tensor, dtype: torc
     """
     if dtype == torch.float32:
         return expect_weights_rounded(model, prompts_BT, dtype)
-    llama = _folded(model)
-    _require_close(FOLDED_MODEL, _logits(llama, prompts_BT), _logits(model, prompts_BT))
+    llama = _as_llama(model)
+    _require_close(AS_LLAMA, _logits(llama, prompts_BT), _logits(model, prompts_BT))
     with _rounded(llama, dtype):
         ids_BT = _with_greedy(llama, prompts_BT)
         logits_BTV, fp32_logits_BTV = _logits(llama, ids_BT), _own_logits(llama, ids_BT)
@@ -140,27 +156,40 @@ def require_exportable(model: ModelConfig) -> None:
         )
 
 
-def _folded(model: YxanulGPT) -> torch.nn.Module:
-    shape = model.model_shape
-    weights = to_llama(model.state_dict(), shape, model.real_vocab_size)
-    return build_llama(weights, llama_config(shape, model.real_vocab_size, eos_id=0, pad_id=None, dtype="float32"))
+def _as_llama(model: YxanulGPT, factorized: bool = False) -> torch.nn.Module:
+    """The model as transformers' Llama in FP32, on the same device."""
+    shape, vocab_size = model.model_shape, model.real_vocab_size
+    weights = {
+        name: weight.cpu() for name, weight in to_llama(model.state_dict(), shape, vocab_size, factorized).items()
+    }
+    described = llama_config(shape, vocab_size, eos_id=0, pad_id=None, dtype="float32")
+    if factorized:
+        described = factorized_config(described, shape.embedding_rank)
+    return build_llama(weights, described).to(_device(model))
 
 
 def _with_greedy(llama: torch.nn.Module, prompts_BT: Tensor) -> Tensor:
-    with _in_double(llama):
-        return torch.cat([prompts_BT, greedy(llama, prompts_BT, GREEDY_TOKENS)], dim=1)
+    """The prompts and their continuation. It is made in FP32; `_require_greedy` holds it against logits in FP64."""
+    prompts_BT = prompts_BT.to(_device(llama))
+    return torch.cat([prompts_BT, greedy(llama, prompts_BT, GREEDY_TOKENS)], dim=1)
 
 
 def _logits(model: torch.nn.Module, ids_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of one of ours or of transformers', computed in FP64 and kept in FP32, a row at a time for memory's sake."""
+    """Logits [B, T, V] of one of ours or of transformers', computed in FP64 and kept in FP32."""
     with _in_double(model):
         return _own_logits(model, ids_BT)
 
 
 def _own_logits(model: torch.nn.Module, ids_BT: Tensor) -> Tensor:
     """Logits [B, T, V] computed in the number format of the model's weights: FP32, or FP64 inside `_in_double`."""
-    rows = [model(ids_T[None]) for ids_T in ids_BT]
-    return torch.cat([getattr(row, "logits", row).float() for row in rows])
+    device = _device(model)
+    # On a CPU a row at a time, for memory's sake.
+    parts = [model(part_BT.to(device)) for part_BT in ids_BT.split(1 if device.type == "cpu" else len(ids_BT))]
+    return torch.cat([getattr(part, "logits", part).float() for part in parts])
+
+
+def _device(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _expectation(
@@ -173,8 +202,8 @@ def _expectation(
             "a model that can be used",
             "Training diverged; train again from an earlier checkpoint, with a lower optim.lr.",
         )
-    # The continuation was made by the folded model, with a cache; it counts only if it is the checkpoint's own as well.
-    _require_greedy(FOLDED_MODEL, logits_BTV, ids_BT)
+    # The continuation was made by transformers' Llama, with a cache; it counts only if it is the checkpoint's own as well.
+    _require_greedy(AS_LLAMA, logits_BTV, ids_BT)
     rounding = 0.0 if dtype == torch.float32 else (_logits(model, ids_BT) - logits_BTV).abs().max().item()
     fp32_rounding = (fp32_logits_BTV - logits_BTV).abs().max().item()
     return Expectation(ids_BT, logits_BTV, fp32_logits_BTV, fp32_rounding, rounding)

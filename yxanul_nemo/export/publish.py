@@ -2,20 +2,34 @@
 
 import os
 import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from yxanul_nemo.files import fsync_dir, sha256_file
 
 OLD_SUFFIX = ".old"
+HASH_THREADS = 2
+"""Beside a proof, which has the other cores; there are two large files."""
 
 
-def list_files(folder: Path) -> dict[str, dict[str, int | str]]:
-    """Size and SHA-256 of every file below `folder`, by relative path."""
+def list_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, dict[str, int | str]]:
+    """Return size and SHA-256 of every file below `folder`, or of `paths` among them, by relative path."""
+    files = [path for path in sorted(folder.rglob("*") if paths is None else paths) if path.is_file()]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        # hashlib releases the interpreter lock.
+        hashes = list(pool.map(sha256_file, files))
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": digest}
+        for path, digest in zip(files, hashes, strict=True)
     }
+
+
+def list_and_sync(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Do `list_files` and `sync_folder`, for a thread beside other work."""
+    files = list_files(folder)
+    sync_folder(folder)
+    return files
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,6 +9,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,19 @@ from nemo.core.connectors.save_restore_connector import SaveRestoreConnector  # 
 from nemo.utils import logging as nemo_logging  # noqa: E402
 
 
+_WEIGHTS_TO_COME: ContextVar[bool] = ContextVar("weights to come", default=False)
+
+
+@contextmanager
+def weights_to_come() -> Iterator[None]:
+    """Draw no weights for models that are built in the block, because all of them are loaded next."""
+    token = _WEIGHTS_TO_COME.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTS_TO_COME.reset(token)
+
+
 class LoadResult(NamedTuple):
     """What `load_state_dict` of torch returns; both lists are empty here, as anything else is an error."""
 
@@ -72,7 +86,10 @@ class YxanulModel(ModelPT):
             else 1
         )
         parallel = ParallelConfig(device="cpu", layer_spec="torch", tensor_parallel=parallel_size)
-        self.gpt = build_model(described.gpt, described.vocab_size, PrecisionConfig(name="fp32"), parallel, seed=0)
+        precision = PrecisionConfig(name="fp32")
+        self.gpt = build_model(
+            described.gpt, described.vocab_size, precision, parallel, seed=0, drawn=not _WEIGHTS_TO_COME.get()
+        )
         # NeMo's own `ModelPT.restore_from` leaves the archive's names in the configuration, and knows where it is unpacked.
         files = {
             key: Path(self.register_artifact(f"tokenizer.{key}", path) if is_artifact(key, path) else path)
@@ -163,14 +180,15 @@ class YxanulModel(ModelPT):
             unpacked = {key: str(path) for key, path in archive.tokenizer_files().items()}
             for key, value in described.tokenizer.files.items():
                 config["tokenizer"][key] = unpacked[key] if value == archive.config.tokenizer.files.get(key) else value
-            return super().restore_from(
-                restore_path,
-                override_config_path=OmegaConf.create(config),
-                map_location=map_location,
-                save_restore_connector=TensorsOnlyConnector(archive),
-                trainer=trainer,
-                validate_access_integrity=validate_access_integrity,
-            )
+            with weights_to_come():
+                return super().restore_from(
+                    restore_path,
+                    override_config_path=OmegaConf.create(config),
+                    map_location=map_location,
+                    save_restore_connector=TensorsOnlyConnector(archive),
+                    trainer=trainer,
+                    validate_access_integrity=validate_access_integrity,
+                )
 
     @classmethod
     def list_available_models(cls) -> list:

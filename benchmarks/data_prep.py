@@ -60,10 +60,10 @@ class Clock:
 def texts_of(pattern: str) -> Iterator[str]:
     """All documents of the input."""
     from data_prep.corpus.find_shards import resolve_shards
-    from data_prep.corpus.shards import ShardReader
+    from data_prep.corpus.open_shard import open_shard
 
     for shard in resolve_shards(pattern, "--input"):
-        with ShardReader(shard.path) as reader:
+        with open_shard(shard) as reader:
             for batch in reader.batches():
                 yield from batch.texts
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from data_prep.corpus.demo_corpus import write_demo_corpus
 from data_prep.corpus.encode import is_heldout
 from data_prep.corpus.find_shards import resolve_shards
-from data_prep.corpus.shards import ShardReader
+from data_prep.corpus.open_shard import open_shard
 from data_prep.prepare import training_texts
 from data_prep.tokenizers.superbpe import build_superbpe
 from data_prep.tokenizers.tokenizer import Tokenizer, build_tokenizer, named_specials
@@ -210,7 +210,7 @@ def _heldout(sources: Mapping[str, SourceConfig], fraction: float) -> Iterator[s
         if source.ids_column is not None:
             continue
         for shard in resolve_shards(source.path, f"data.sources.{name}.path"):
-            with ShardReader(shard.path, source.text_column) as reader:
+            with open_shard(shard, source.text_column) as reader:
                 for batch in reader.batches():
                     for text, raw in zip(batch.texts, batch.raw_texts, strict=True):
                         if is_heldout(raw, fraction):
@@ -266,7 +266,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _documents(inputs: Sequence[str], text_column: str) -> Iterator[str]:
     for path in inputs:
         for shard in resolve_shards(path, "--input"):
-            with ShardReader(shard.path, text_column) as reader:
+            with open_shard(shard, text_column) as reader:
                 for batch in reader.batches():
                     yield from batch.texts
 
@@ -277,9 +277,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Characters, bytes and tokens of text in several tokenizers, and how fast they encode it.",
         epilog="A control: python -m data_prep.train_superbpe --plain --vocab-size V --input TRAINING.parquet --output DIR",
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="folders with *.parquet, globs in quotes, or files"
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="folders, globs in quotes, or files")
     parser.add_argument(
         "--text-column", default="text", metavar="NAME", help="column with the text (default: %(default)s)"
     )

@@ -10,8 +10,8 @@ from data_prep.corpus.demo_corpus import write_demo_corpus
 from data_prep.corpus.encode import is_heldout
 from data_prep.corpus.find_shards import resolve_shards
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
+from data_prep.corpus.open_shard import open_shard
 from data_prep.corpus.preparation import prepare_corpus
-from data_prep.corpus.shards import ShardReader
 from data_prep.tokenizers.tokenizer import Tokenizer, build_tokenizer
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.run import RunConfig
@@ -81,7 +81,7 @@ def training_texts(
 def _train_documents(name: str, source: SourceConfig, heldout_fraction: float) -> Iterator[tuple[str, int]]:
     """Text and size in bytes of a source's documents, held-out ones left out."""
     for shard in resolve_shards(source.path, f"data.sources.{name}.path"):
-        with ShardReader(shard.path, source.text_column) as reader:
+        with open_shard(shard, source.text_column) as reader:
             for batch in reader.batches():
                 for text, raw in zip(batch.texts, batch.raw_texts, strict=True):
                     if not is_heldout(raw, heldout_fraction):
@@ -106,13 +106,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Command line of the tool; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.prepare",
-        description="Tokenize parquet shards into Megatron's .bin/.idx files, one pair per shard and split, with a manifest. "
+        description="Tokenize parquet, JSON lines or text files into Megatron's .bin/.idx files, a pair for each shard and split, "
+        "with a manifest. "
         "Run it again after a crash: it does only what is missing.",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for the tokens and manifest.json"
     )
-    parser.add_argument("--input", metavar="PATH", help="folder with *.parquet, a glob in quotes, or one file")
+    parser.add_argument("--input", metavar="PATH", help="folder, a glob in quotes, or one file")
     parser.add_argument("--source", default="text", metavar="NAME", help="name of the source (default: %(default)s)")
     parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="folder with tokenizer.json, or a .model file")
     parser.add_argument(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from data_prep.corpus.find_shards import resolve_shards
-from data_prep.corpus.shards import ShardReader
+from data_prep.corpus.open_shard import open_shard
 from data_prep.tokenizers.superbpe_training import train_bpe, train_superbpe
 from data_prep.tokenizers.tokenizer import Tokenizer, save_new
 from yxanul_nemo.errors import UserError
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         def texts() -> Iterator[str]:
             for shard in shards:
-                with ShardReader(shard.path, options.text_column) as reader:
+                with open_shard(shard, options.text_column) as reader:
                     for batch in reader.batches():
                         yield from batch.texts
 
@@ -56,12 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.train_superbpe",
-        description="Train a SuperBPE tokenizer (or with --plain a BPE tokenizer) on the text of parquet files. "
+        description="Train a SuperBPE tokenizer (or with --plain a BPE tokenizer) on the text of parquet, JSON lines or text files. "
         "The result is a folder that transformers.AutoTokenizer loads; use it with tokenizer.kind=huggingface tokenizer.path=DIR.",
     )
-    parser.add_argument(
-        "--input", nargs="+", required=True, metavar="PATH", help="folders with *.parquet, globs in quotes, or files"
-    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="PATH", help="folders, globs in quotes, or files")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="new folder for the tokenizer")
     parser.add_argument(
         "--vocab-size", type=int, required=True, metavar="V", help="size of the vocabulary, special tokens included"

@@ -1,7 +1,7 @@
-"""One parquet shard to its .bin/.idx pairs, and the record that says it is done."""
+"""One shard to its .bin/.idx pairs, and the record that says it is done."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from data_prep.corpus.find_shards import InputShard
 from data_prep.corpus.indexed import IndexedWriter, bin_path, idx_path, token_dtype
 from data_prep.corpus.manifest import InputEntry, ShardEntry
-from data_prep.corpus.shards import DocumentBatch, ShardReader, SkippedRows
+from data_prep.corpus.open_shard import DocumentReader, open_shard
+from data_prep.corpus.shards import DocumentBatch, SkippedRows
 from data_prep.tokenizers.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import sha256_file, write_text_atomic
@@ -94,11 +95,9 @@ class ShardTask:
     input_gone: bool = False
     """The source's input was removed after it was prepared."""
 
-    def open(self) -> ShardReader:
+    def open(self) -> DocumentReader:
         """The input. Raises UserError if it cannot be read."""
-        return ShardReader(
-            self.shard.path, self.options.column, self.options.column if self.options.holds_ids else None
-        )
+        return open_shard(self.shard, self.options.column, self.options.column if self.options.holds_ids else None)
 
     @property
     def record_path(self) -> Path:
@@ -155,14 +154,16 @@ def prepare_shard(
     Raises UserError if the shard cannot be read, changes meanwhile or holds ids outside the vocabulary, and OSError if the
     output cannot be written; the shard's outputs are removed then.
     """
-    path, options = task.shard.path, task.options
-    before = input_stat(path)
-    digest = input_sha256(path)
+    paths, options = task.shard.paths, task.options
+    before = input_stat(paths)
+    digest = input_sha256(paths)
     task.record_path.unlink(missing_ok=True)
     try:
         rows, skipped, train, heldout = _write_pairs(task, encoder, report, chunk_bytes)
-        if input_stat(path) != before:
-            raise UserError(path, "changed while it was read", "a file that nobody writes to", "Run the command again.")
+        if input_stat(paths) != before:
+            raise UserError(
+                task.shard.where, "changed while it was read", "a file that nobody writes to", "Run the command again."
+            )
         record = ShardRecord(
             options=options,
             input=InputEntry(
@@ -192,13 +193,13 @@ def _write_pairs(
     task: ShardTask, encoder: Encoder, report: Callable[[Progress], None], chunk_bytes: int
 ) -> tuple[int, SkippedRows, ShardEntry | None, ShardEntry | None]:
     """Number of rows, those left out, and the pairs written (None for a split without documents)."""
-    path, options = task.shard.path, task.options
+    where, options = task.shard.where, task.options
     rows, skipped = 0, SkippedRows()
     dtype = token_dtype(options.vocab_size)
     outputs = {split: _SplitOutput() for split in SPLITS}
     with task.open() as reader, ExitStack() as stack:
         for chunk in stack.enter_context(closing(read_ahead(_chunks(reader, chunk_bytes), depth=1))):
-            documents, keys, sizes = _encoded(chunk, encoder, options, path, chunk_bytes)
+            documents, keys, sizes = _encoded(chunk, encoder, options, where, chunk_bytes)
             heldout = [is_heldout(key, options.heldout_fraction) for key in keys]
             for split, output in outputs.items():
                 chosen = [i for i, held in enumerate(heldout) if held == (split == "heldout")]
@@ -219,21 +220,33 @@ def _write_pairs(
     return rows, skipped, *(_entry(outputs[split], task.prefix(split)) for split in SPLITS)
 
 
-def input_stat(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of change in nanoseconds. Raises UserError if the file is not there or not readable."""
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise UserError(path, f"cannot be read ({error.strerror})", "a readable parquet file") from None
-    return status.st_size, status.st_mtime_ns
+def input_stat(paths: Sequence[Path]) -> tuple[int, int]:
+    """Return the size in bytes and the time of change in nanoseconds, of several files their sums.
+
+    Raises UserError if a file is not there or not readable.
+    """
+    sizes = changed = 0
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise UserError(path, f"cannot be read ({error.strerror})", "a readable file") from None
+        sizes, changed = sizes + status.st_size, changed + status.st_mtime_ns
+    return sizes, changed
 
 
-def input_sha256(path: Path) -> str:
-    """SHA-256 of an input. Raises UserError if it is not readable."""
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        raise UserError(path, f"cannot be read ({error.strerror})", "a readable parquet file") from None
+def input_sha256(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 of an input; of several files that of their names and hashes. Raises UserError if one is not readable."""
+    hashes = []
+    for path in paths:
+        try:
+            hashes.append(sha256_file(path))
+        except OSError as error:
+            raise UserError(path, f"cannot be read ({error.strerror})", "a readable file") from None
+    if len(paths) == 1:
+        return hashes[0]
+    listed = "".join(f"{digest}  {path.name}\n" for path, digest in zip(paths, hashes, strict=True))
+    return hashlib.sha256(listed.encode()).hexdigest()
 
 
 def _entry(output: _SplitOutput, prefix: str) -> ShardEntry | None:
@@ -250,7 +263,7 @@ def _entry(output: _SplitOutput, prefix: str) -> ShardEntry | None:
     )
 
 
-def _chunks(reader: ShardReader, chunk_bytes: int) -> Iterator[_Chunk]:
+def _chunks(reader: DocumentReader, chunk_bytes: int) -> Iterator[_Chunk]:
     """Batches joined until they hold so many bytes."""
     chunk = _Chunk()
     for batch in reader.batches():
@@ -264,7 +277,7 @@ def _chunks(reader: ShardReader, chunk_bytes: int) -> Iterator[_Chunk]:
 
 
 def _encoded(
-    chunk: _Chunk, encoder: Encoder, options: ShardOptions, path: Path, chunk_bytes: int
+    chunk: _Chunk, encoder: Encoder, options: ShardOptions, where: str, chunk_bytes: int
 ) -> tuple[list[np.ndarray], list[bytes], list[int]]:
     """Each document's ids with EOS, the bytes that decide its split, and the size of its text in bytes."""
     eos = options.eos_id
@@ -282,7 +295,7 @@ def _encoded(
             if ids.min() < 0 or ids.max() >= options.vocab_size:
                 wrong = ids.min() if ids.min() < 0 else ids.max()
                 known = f"ids from 0 to {options.vocab_size - 1}, the tokenizer's"
-                raise UserError(path, f"column '{options.column}' has token id {wrong}", known)
+                raise UserError(where, f"column '{options.column}' has token id {wrong}", known)
             body = ids[:-1] if ids[-1] == eos else ids
             if not len(body):
                 batch.skipped.empty += 1

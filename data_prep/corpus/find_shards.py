@@ -1,45 +1,45 @@
-"""Parquet files behind a source's path: a folder, a glob or a file. Each entry is taken, or named with the reason why not."""
+"""Files behind a source's path: a folder, a glob or a file. Each entry is taken, or named with the reason why not."""
 
 import glob
 import hashlib
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.corpus.formats import ALL_ENDINGS, Format, format_of
 from yxanul_nemo.errors import UserError, nearest
 
 LONGEST_STEM_BYTES = 230
 """Bytes of an output's name before what is added to it; file systems take 255 with that."""
-CONVERT = (
-    "`python -c \"import pyarrow.json, pyarrow.parquet; pyarrow.parquet.write_table(pyarrow.json.read_json('x.jsonl'), 'x.parquet')\"` "
-    "makes parquet of a file of JSON lines."
-)
+MOST_TEXT_BYTES, MOST_TEXT_FILES = 32 << 20, 4096
+"""Text files that are one shard come to at most so many bytes, unless one alone is larger, and are at most so many."""
 COMPRESSED = "Unpack it first."
-OTHER_FORMATS = {
-    ".jsonl": CONVERT,
-    ".json": CONVERT,
-    ".gz": COMPRESSED,
-    ".zst": COMPRESSED,
-    ".zip": COMPRESSED,
-    ".xz": COMPRESSED,
-}
-"""Ending of files that people have instead of parquet -> what to do about them."""
+ARCHIVES = (".zip", ".xz", ".tar", ".tgz", ".gz", ".zst", ".7z")
+"""Endings of files that hold others, which are not looked into."""
 
 
 class NoShardsError(UserError):
-    """There is no parquet file where a source's path points."""
+    """There is no file with text where a source's path points."""
 
 
 @dataclass(frozen=True)
 class InputShard:
-    """One parquet file of a source and the name of what is made from it."""
+    """One file of a source, or several text files, and the name of what is made from them."""
 
-    path: Path
+    paths: tuple[Path, ...]
+    """More than one for text files only."""
     name: str
-    """Path below the source's folder."""
+    """Path below the source's folder, or the number of a group of text files."""
+    kind: Format = Format.PARQUET
+
+    @property
+    def where(self) -> str:
+        """The file, or the first and the last of several, for messages."""
+        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} to {self.paths[-1].name}"
 
     @property
     def stem(self) -> str:
@@ -62,15 +62,17 @@ class FoundShards:
 
 
 def resolve_shards(pattern: str, where: str) -> list[InputShard]:
-    """The parquet files behind a source's `path`, as `find_shards`."""
+    """Return the shards behind a source's `path`, as `find_shards`."""
     return find_shards(pattern, where).shards
 
 
 def find_shards(pattern: str, where: str) -> FoundShards:
-    """The parquet files behind a source's `path` (a folder, a glob, in which `**` spans folders, or one file), sorted.
+    """Return what is behind a source's `path` (a folder, a glob, in which `**` spans folders, or one file), sorted.
 
-    Of a folder these are the files whose names end in `.parquet`, and those in folders of such names, as Spark writes them; names that
-    begin with a dot or an underscore are left out. `where` is the key to name in errors.
+    Of a folder these are the files whose names have an ending of `formats`, and those in folders named `x.parquet`, as Spark writes
+    them; names that begin with a dot or an underscore are left out. A source has one format: where there are several, the one with
+    the most bytes is taken and the others are left out. Text files are joined into shards, in the order of their names.
+    `where` is the key to name in errors.
 
     Raises NoShardsError if there is none, and UserError if one is a link to nothing, or if two would write to the same output.
     """
@@ -89,33 +91,60 @@ def find_shards(pattern: str, where: str) -> FoundShards:
         left_out = [_other(entry) for entry in entries if not _has_ending(entry) and not _is_hidden(entry.name)]
         files = [entry for entry in entries if _has_ending(entry)]
     elif path.is_file():
-        return FoundShards([InputShard(path, path.name)], [])
+        return FoundShards([InputShard((path,), path.name, format_of(path.name) or Format.PARQUET)], [])
     elif glob.has_magic(pattern):
         root, left_out = _fixed_root(path), []
         files = [Path(name) for name in _glob(str(path))]
     else:
         raise _absent(path, pattern, where)
-    shards: dict[str, InputShard] = {}
+    found: list[tuple[Path, str]] = []
     for file in sorted(_expanded(files, where)):
-        shard = InputShard(file, file.relative_to(root).as_posix())
-        if any(_is_hidden(part) for part in Path(shard.name).parts):
+        name = file.relative_to(root).as_posix()
+        if any(_is_hidden(part) for part in Path(name).parts):
             continue
         if file.is_dir():
-            left_out.append(f"{shard.name} (a folder)")
+            left_out.append(f"{name} (a folder)")
             continue
         _require_name(file, where)
-        if shard.stem in shards:
-            clash = f"{shards[shard.stem].path} and {file} would both be written as {shard.stem}"
-            raise UserError(where, clash, "distinct names")
-        shards[shard.stem] = shard
-    if not shards:
+        found.append((file, name))
+    if not found:
         raise NoShardsError(
             where,
-            f"{pattern} has no parquet files",
-            "at least one *.parquet, not named with . or _",
+            f"{pattern} has no files with text",
+            f"at least one of {ALL_ENDINGS}, not named with . or _",
             _where_else(path, pattern, where),
         )
+    kinds = {name: format_of(name) or Format.PARQUET for _, name in found}
+    kind_bytes: Counter[Format] = Counter()
+    for file, name in found:
+        kind_bytes[kinds[name]] += file.stat().st_size if len(set(kinds.values())) > 1 else 0
+    kind = max(Format, key=lambda one: (one in kind_bytes, kind_bytes[one]))
+    left_out += [f"{name} (beside files of {kind})" for _, name in found if kinds[name] is not kind]
+    found = [(file, name) for file, name in found if kinds[name] is kind]
+    if kind is Format.TEXT and len(found) > 1:
+        return FoundShards(_joined([file for file, _ in found]), left_out)
+    shards: dict[str, InputShard] = {}
+    for file, name in found:
+        shard = InputShard((file,), name, kind)
+        if shard.stem in shards:
+            clash = f"{shards[shard.stem].where} and {file} would both be written as {shard.stem}"
+            raise UserError(where, clash, "distinct names")
+        shards[shard.stem] = shard
     return FoundShards([shards[stem] for stem in sorted(shards)], left_out)
+
+
+def _joined(files: list[Path]) -> list[InputShard]:
+    """Join text files, in their order, into shards of a size that is worth a pair of outputs."""
+    groups: list[list[Path]] = []
+    held_bytes = 0
+    for file in files:
+        size = file.stat().st_size
+        if not groups or held_bytes + size > MOST_TEXT_BYTES or len(groups[-1]) == MOST_TEXT_FILES:
+            groups.append([])
+            held_bytes = 0
+        groups[-1].append(file)
+        held_bytes += size
+    return [InputShard(tuple(group), f"texts-{number:05d}", Format.TEXT) for number, group in enumerate(groups)]
 
 
 def _expanded(files: list[Path], where: str) -> Iterator[Path]:
@@ -135,13 +164,15 @@ def _expanded(files: list[Path], where: str) -> Iterator[Path]:
                 "Bring it back, as by downloading the data set again, or remove the link.",
             )
         elif file.exists() and not file.is_file() and not file.is_dir():
-            raise UserError(where, f"{file} is neither a file nor a folder", "parquet files")
+            raise UserError(where, f"{file} is neither a file nor a folder", "files with text")
         else:
             yield file
 
 
 def _has_ending(path: Path) -> bool:
-    return path.suffix.lower() == ".parquet"
+    """Return whether it is taken from a folder: by its ending, and a folder only where it is named like a parquet file."""
+    kind = format_of(path.name)
+    return kind is Format.PARQUET or (kind is not None and not path.is_dir())
 
 
 def _is_hidden(name: str) -> bool:
@@ -152,8 +183,8 @@ def _other(entry: Path) -> str:
     """A neighbour of shards that is not read, and why."""
     if entry.is_dir():
         deeper = any(_has_ending(Path(name)) for name in _glob(f"{glob.escape(str(entry))}/**"))
-        return f"{entry.name}/ (a folder{' with parquet files' if deeper else ''})"
-    return f"{entry.name} (its name does not end in .parquet)"
+        return f"{entry.name}/ (a folder{' with files of text' if deeper else ''})"
+    return f"{entry.name} (its name has no ending of a format that is read)"
 
 
 def _require_name(file: Path, where: str) -> None:
@@ -172,17 +203,18 @@ def _absent(path: Path, pattern: str, where: str) -> NoShardsError:
             f"If it is a data set of the Hugging Face hub: `hf download --repo-type dataset {pattern} --local-dir FOLDER` fetches it "
             "(--include for a part of it), and FOLDER is the path."
         )
-    return NoShardsError(where, f"{pattern} does not exist", "a folder with *.parquet, a glob or a file", hint)
+    return NoShardsError(where, f"{pattern} does not exist", "a folder, a glob or a file", hint)
 
 
 def _where_else(path: Path, pattern: str, where: str) -> str:
     """What would find shards where the path as it stands finds none."""
     if path.is_dir():
-        deeper = f"{glob.escape(str(path))}/**/*.parquet"
-        if any(_glob(deeper)):
-            return f"Its subfolders have some: use {where}={shlex.quote(deeper)}."
-        others = sorted({entry.suffix.lower() for entry in path.iterdir() if entry.suffix.lower() in OTHER_FORMATS})
-        return f"It has files of {', '.join(others)}. {OTHER_FORMATS[others[0]]}" if others else ""
+        inside = (Path(name) for name in _glob(f"{glob.escape(str(path))}/**"))
+        ending = next((found.suffix for found in inside if found.is_file() and _has_ending(found)), None)
+        if ending is not None:
+            return f"Its subfolders have some: use {where}={shlex.quote(f'{glob.escape(str(path))}/**/*{ending}')}."
+        others = sorted({entry.suffix.lower() for entry in path.iterdir() if entry.suffix.lower() in ARCHIVES})
+        return f"It has files of {', '.join(others)}. {COMPRESSED}" if others else ""
     literal = next((part for part in (path, *path.parents) if glob.has_magic(part.name) and part.exists()), None)
     if literal is not None:
         meant = glob.escape(str(literal)) + pattern.removeprefix(str(literal))

@@ -45,7 +45,7 @@ class ShardEntry(Stored):
 
 
 class InputEntry(Stored):
-    """One parquet shard as it was read."""
+    """One shard as it was read: a file, or several text files."""
 
     file: InsidePath
     bytes: Count

@@ -37,7 +37,7 @@ def prepare_corpus(
     """Tokenize every shard that is not done yet into `data_dir` and write the manifest; repeating it costs next to nothing.
 
     Args:
-        sources: name -> parquet shards; names become folders.
+        sources: name -> where its files are; names become folders.
         encoder: the tokenizer.
         load_encoder: picklable; makes the same tokenizer in a worker process.
         workers: cores to use; 0: all of this process.
@@ -59,9 +59,9 @@ def prepare_corpus(
         if lost := {task.shard.name for task in missing if task.input_gone}:
             raise UserError(
                 data_dir,
-                f"tokens of {_listed(lost)} are absent or cut short, and the parquet files they are made of are gone, too",
+                f"tokens of {_listed(lost)} are absent or cut short, and the files they are made of are gone, too",
                 "one or the other",
-                "Bring the parquet files back and run the same command again.",
+                "Bring these files back and run the same command again.",
             )
         if missing:
             records |= _run(data_dir, missing, encoder, load_encoder, _cores(workers), process_min_bytes)
@@ -129,10 +129,10 @@ def _tasks(
     except NoShardsError:
         if old is None or name not in old.sources:
             raise
-        logger.warning("%s: the parquet files of %s are gone; going on with its finished tokens", source.path, name)
+        logger.warning("%s: the files of %s are gone; going on with its finished tokens", source.path, name)
         entries = old.sources[name].inputs
         return [
-            ShardTask(data_dir, name, InputShard(Path(source.path), entry.file), options, True) for entry in entries
+            ShardTask(data_dir, name, InputShard((Path(source.path),), entry.file), options, True) for entry in entries
         ]
     if found.left_out and old is None:
         logger.warning("%s: of %s these are not read: %s", name, source.path, _listed(set(found.left_out)))
@@ -152,25 +152,25 @@ def _finished(task: ShardTask) -> ShardRecord | None:
     if changes := _changes(record.options, task.options):
         raise UserError(folder, f"was prepared with other settings: {changes}", "the same settings", again)
     if not task.input_gone:
-        _refuse_changed_input(task.shard.path, record, again)
+        _refuse_changed_input(task.shard, record, again)
     if not record.outputs_present(task.data_dir):
         logger.warning("%s: outputs of %s are absent or cut short; making them again", folder, task.shard.name)
         return None
     return record
 
 
-def _refuse_changed_input(path: Path, record: ShardRecord, again: str) -> None:
-    size, mtime_ns = input_stat(path)
+def _refuse_changed_input(shard: InputShard, record: ShardRecord, again: str) -> None:
+    size, mtime_ns = input_stat(shard.paths)
     if size != record.input.bytes:
         raise UserError(
-            path,
+            shard.where,
             f"has changed since it was prepared: {record.input.bytes} bytes then, {size} now",
             "the same file",
             again,
         )
-    if mtime_ns != record.input_mtime_ns and (digest := input_sha256(path)) != record.input.sha256:
+    if mtime_ns != record.input_mtime_ns and (digest := input_sha256(shard.paths)) != record.input.sha256:
         raise UserError(
-            path,
+            shard.where,
             f"has changed since it was prepared: SHA-256 {record.input.sha256[:12]}... then, {digest[:12]}... now",
             "the same file",
             again,

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.corpus.find_shards import COMPRESSED, CONVERT
+from data_prep.corpus.find_shards import COMPRESSED
 from yxanul_nemo.errors import UserError
 
 READ_BUFFER_BYTES = 1 << 20
@@ -18,14 +18,16 @@ BATCH_BYTES = 4 << 20
 MAX_BATCH_ROWS = 32
 """Rows decoded at a time at most: a few megabytes repeated many times take little room in the file, but not once decoded."""
 
+AS_LINES = "Let its name end in .jsonl."
+
 BEGINNINGS = (
     (
         b"version https://git-lfs",
         "is a Git-LFS pointer and not the file itself",
         "Run `git lfs pull` in its repository.",
     ),
-    (b"{", "looks like JSON lines", CONVERT),
-    (b"[", "looks like JSON", "Write its objects a line each. " + CONVERT),
+    (b"{", "looks like JSON lines", AS_LINES),
+    (b"[", "looks like JSON", "Write its objects a line each, and " + AS_LINES[0].lower() + AS_LINES[1:]),
     (b"<", "looks like a web page, as a download that needs a login or failed gives one", "Download it again."),
     (b"\x1f\x8b", "is compressed with gzip", COMPRESSED),
     (b"\x28\xb5\x2f\xfd", "is compressed with zstd", COMPRESSED),

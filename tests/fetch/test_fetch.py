@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from data_prep.corpus.find_shards import resolve_shards
-from data_prep.corpus.shards import ShardReader
+from data_prep.corpus.open_shard import open_shard
 from data_prep.prepare import run_data_stage
 from tests.conftest import SMALL
 from tests.fetch.hub_server import HubServer
@@ -27,7 +27,7 @@ from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases, tokens_per_source
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.fetch.needs import text_bytes_needed, what_comes
+from yxanul_nemo.fetch.needs import text_bytes_needed
 from yxanul_nemo.fetch.stage import fetch_for_checks, fetch_sources, require_fetched
 from yxanul_nemo.hub import COMMIT
 from yxanul_nemo.launch.stages import run_stages
@@ -301,16 +301,6 @@ def test_the_recipes_on_the_hub_are_pinned() -> None:
         assert config.data.sources["text"].is_fetched
 
 
-def test_plan_says_what_will_come_and_from_where(tmp_path: Path) -> None:
-    own = parse(compose(["data.sources.math.path=/my/own", "recipe=yxanul_197m_h100", f"validation.dir={tmp_path}"]))
-    (line,) = what_comes(own)
-    assert "HuggingFaceFW/fineweb-edu, about" in line and "Apache-2.0" in line and "c4_validation_2k.parquet" in line
-    assert "finemath" not in line
-    (tmp_path / "c4_validation_2k.parquet").touch()
-    assert "c4_validation_2k.parquet" not in what_comes(own)[0]
-    assert what_comes(parse(compose([]))) == []
-
-
 def test_the_blend_decides_how_much_of_each_source() -> None:
     config = parse(compose(["recipe=yxanul_197m_experimental_1b"]))
     needed = text_bytes_needed(config)
@@ -372,7 +362,7 @@ def test_the_large_recipes_as_they_stand(hub: HubServer, tmp_path: Path, recipe:
     assert {"prompt", "test", "entry_point"} <= set(problems.column_names)
     for name, source in config.corpus_sources.items():
         for shard in resolve_shards(str(source.path), name):
-            with ShardReader(shard.path, source.text_column) as reader:
+            with open_shard(shard, source.text_column) as reader:
                 assert reader.rows == 50
     # The weights of the model that the tokenizer belongs to are not wanted.
     assert [path for path in hub.downloads() if path.endswith(".safetensors")] == []

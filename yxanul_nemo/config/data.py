@@ -79,14 +79,15 @@ class TokenizerConfig(Section):
 
 
 class SourceConfig(Section):
-    """One corpus: parquet shards with text or token ids, your own (`path`) or fetched (`hub`)."""
+    """One corpus: files with text or token ids, your own (`path`) or fetched (`hub`)."""
 
     path: PathText | None = None
-    """A folder with *.parquet, a glob or one file. Relative paths are taken from where the command is run. Unset: `hub` is fetched."""
+    """A folder, a glob or one file: *.parquet, *.jsonl (.json with an object on each line), *.txt or *.md, all but parquet also packed as
+    .gz or .zst. Relative paths are taken from where the command is run. Unset: `hub` is fetched."""
     hub: HubFiles | None = None
     """Data set on the Hugging Face hub, used when `path` is unset; as many of its files as the curriculum's tokens need."""
     text_column: str = "text"
-    """Column with the text; other columns are ignored."""
+    """Column, or key of JSON lines, with the text; others are ignored."""
     ids_column: str | None = None
     """Column with token ids (list<int>) to use instead of text."""
 

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-from data_prep.corpus.manifest import MANIFEST_NAME
 from yxanul_nemo.config.data import ASSUMED_CHARS_PER_TOKEN, CHARS_PER_TOKEN
 from yxanul_nemo.config.outputs import DomainConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases, tokens_per_source
-from yxanul_nemo.figures import size
 from yxanul_nemo.run_folder import TOKENIZER_RECORD
 
 TEXT_PER_BYTE = {"json": 2.5, "parquet": 1.6}
@@ -44,23 +42,3 @@ def absent_domains(config: RunConfig) -> dict[str, tuple[Path, DomainConfig]]:
 def lacks_tokenizer(config: RunConfig) -> bool:
     """Whether the tokenizer's files are to be fetched."""
     return config.tokenizer.needs_hub and not (config.run.folder.tokenizer / TOKENIZER_RECORD).is_file()
-
-
-def what_comes(config: RunConfig) -> list[str]:
-    """What `stage=fetch` will get for this run, in one line with licences and sizes; empty if that is nothing."""
-    coming = [
-        f"{path} ({domain.hub.repo}; {domain.hub.license})"
-        for path, domain in absent_domains(config).values()
-        if domain.hub is not None
-    ]
-    if lacks_tokenizer(config):
-        coming.append(f"tokenizer ({config.tokenizer.hub_id}; {config.tokenizer.hub_license or 'licence not stated'})")
-    if not (config.data_dir / MANIFEST_NAME).is_file():
-        needed = text_bytes_needed(config)
-        for name, source in config.data.sources.items():
-            if source.is_fetched and source.hub is not None:
-                expected = size(needed[name] / text_per_byte(source.hub.files))
-                coming.append(f"text of '{name}' ({source.hub.repo}, about {expected}; {source.hub.license})")
-    return (
-        [f"stage=fetch, with which stage=all begins, gets what is not here yet: {', '.join(coming)}"] if coming else []
-    )

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from data_prep.corpus.find_shards import resolve_shards
 from data_prep.corpus.manifest import MANIFEST_NAME
-from data_prep.corpus.shards import ShardReader
+from data_prep.corpus.open_shard import open_shard
 from yxanul_nemo.config.outputs import ExportConfig, LoggingConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import selected_phases
@@ -57,7 +57,7 @@ def check_data(config: RunConfig) -> None:
         if source.is_fetched:
             continue
         for shard in resolve_shards(source.path, f"data.sources.{name}.path"):
-            with ShardReader(shard.path, source.text_column, source.ids_column):
+            with open_shard(shard, source.text_column, source.ids_column):
                 pass
     path = config.tokenizer.path
     if path is not None and not path.exists() and not config.run.folder.tokenizer.exists():

@@ -96,7 +96,7 @@ def test_files_hold_the_documents(written, corpus):
     for name, documents in corpus.items():
         shards = resolve_shards(sources[name].path, name)
         assert len(shards) >= 2
-        rows = [row for shard in shards for row in pq.read_table(shard.path).to_pylist()]
+        rows = [row for shard in shards for row in pq.read_table(shard.paths[0]).to_pylist()]
         assert {(row["text"], row["origin"]) for row in rows} == {(d.text, d.origin) for d in documents}
         assert len(rows) == len(documents)
 

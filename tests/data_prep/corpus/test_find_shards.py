@@ -7,7 +7,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data_prep.corpus import find_shards as find_shards_module
 from data_prep.corpus.find_shards import find_shards, resolve_shards
+from data_prep.corpus.formats import Format
 from yxanul_nemo.errors import UserError
 
 
@@ -23,7 +25,7 @@ def test_folder_glob_and_file_give_sorted_shards(tmp_path):
     assert [shard.stem for shard in resolve_shards(str(tmp_path), "k")] == ["a", "b"]
     assert [shard.stem for shard in resolve_shards(f"{tmp_path}/b*", "k")] == ["b"]
     assert [shard.stem for shard in resolve_shards(f"{tmp_path}/**/*.parquet", "k")] == ["a", "b", "sub--c"]
-    assert [shard.path for shard in resolve_shards(f"{tmp_path}/a.parquet", "k")] == [tmp_path / "a.parquet"]
+    assert [shard.paths[0] for shard in resolve_shards(f"{tmp_path}/a.parquet", "k")] == [tmp_path / "a.parquet"]
 
 
 def test_equal_names_in_two_folders_keep_apart(tmp_path):
@@ -98,14 +100,14 @@ def test_endings_in_capitals_count(tmp_path):
 
 
 def test_what_is_left_out_is_named(tmp_path):
-    for name in ("a.parquet", "more/b.parquet", "empty/notes.txt", "c.parq", ".hidden", "_SUCCESS"):
+    for name in ("a.parquet", "more/b.parquet", "empty/notes.pdf", "c.parq", ".hidden", "_SUCCESS"):
         write(tmp_path / name, ["x"])
     found = find_shards(str(tmp_path), "k")
     assert [shard.stem for shard in found.shards] == ["a"]
     assert found.left_out == [
-        "c.parq (its name does not end in .parquet)",
+        "c.parq (its name has no ending of a format that is read)",
         "empty/ (a folder)",
-        "more/ (a folder with parquet files)",
+        "more/ (a folder with files of text)",
     ]
 
 
@@ -125,7 +127,7 @@ def test_the_advice_for_a_folder_of_folders_works_as_a_shell_reads_it(tmp_path, 
     with pytest.raises(UserError) as error:
         resolve_shards(str(tmp_path / folder), "k")
     _, advised = shlex.split(error.value.fix.partition("use ")[2].rstrip("."))[0].split("=", 1)
-    assert [shard.path.name for shard in resolve_shards(advised, "k")] == ["x.parquet"]
+    assert [shard.paths[0].name for shard in resolve_shards(advised, "k")] == ["x.parquet"]
 
 
 def test_brackets_in_a_folder_that_is_there_are_explained(tmp_path):
@@ -133,7 +135,7 @@ def test_brackets_in_a_folder_that_is_there_are_explained(tmp_path):
     with pytest.raises(UserError, match="a choice of letters") as error:
         resolve_shards(f"{tmp_path}/v[2]/*.parquet", "k")
     _, advised = shlex.split(error.value.fix.partition("use ")[2].rstrip("."))[0].split("=", 1)
-    assert [shard.path.name for shard in resolve_shards(advised, "k")] == ["x.parquet"]
+    assert [shard.paths[0].name for shard in resolve_shards(advised, "k")] == ["x.parquet"]
 
 
 def test_deep_partitions_get_short_names_and_keep_apart(tmp_path):
@@ -150,9 +152,35 @@ def test_deep_partitions_get_short_names_and_keep_apart(tmp_path):
 
 
 def test_other_formats_are_answered_with_what_to_do(tmp_path):
-    (tmp_path / "a.jsonl").write_text("{}")
-    with pytest.raises(UserError, match=r"has files of \.jsonl.*pyarrow\.json\.read_json"):
+    (tmp_path / "a.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"has files of \.zip.*Unpack"):
         resolve_shards(str(tmp_path), "k")
+
+
+def test_of_several_formats_the_one_with_the_most_bytes_is_read_and_the_others_are_named(tmp_path):
+    """Data sets have a README beside their shards, and folders of text a list of what they are."""
+    (tmp_path / "README.md").write_text("about")
+    (tmp_path / "part-0.jsonl.gz").write_bytes(bytes(100))
+    (tmp_path / "part-1.jsonl").write_bytes(bytes(100))
+    found = find_shards(str(tmp_path), "k")
+    assert [(shard.name, shard.kind) for shard in found.shards] == [
+        ("part-0.jsonl.gz", Format.JSON_LINES),
+        ("part-1.jsonl", Format.JSON_LINES),
+    ]
+    assert found.left_out == ["README.md (beside files of JSON lines)"]
+    (tmp_path / "book.txt").write_bytes(bytes(1000))
+    (only,) = resolve_shards(str(tmp_path), "k")
+    assert [path.name for path in only.paths] == ["README.md", "book.txt"]
+
+
+def test_text_files_are_joined_in_their_order_up_to_a_size_and_a_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(find_shards_module, "MOST_TEXT_BYTES", 100)
+    monkeypatch.setattr(find_shards_module, "MOST_TEXT_FILES", 3)
+    for name, size in zip("abcdefgh", (10, 20, 30, 10, 95, 10, 300, 1), strict=True):
+        (tmp_path / f"{name}.txt").write_bytes(bytes(size))
+    groups = {shard.stem: "".join(path.stem for path in shard.paths) for shard in resolve_shards(str(tmp_path), "k")}
+    assert list(groups.values()) == ["abc", "d", "e", "f", "g", "h"]
+    assert list(groups) == [f"texts-{number:05d}" for number in range(6)]
 
 
 def test_the_name_of_a_data_set_on_the_hub_is_recognized(tmp_path, monkeypatch):

@@ -256,7 +256,7 @@ def test_a_finished_corpus_needs_its_input_no_more(tmp_path, corpus, prepare, ca
     if folder_stays:
         folder.mkdir()
     assert prepare(tmp_path / "out", folder) == first
-    assert "the parquet files of web are gone" in caplog.text
+    assert "the files of web are gone" in caplog.text
     with pytest.raises(UserError, match=r"data\.sources\.web\.path"):
         prepare(tmp_path / "other", folder)
     with pytest.raises(UserError, match=r"heldout_fraction 0\.1 then, 0\.2 now"):

@@ -10,7 +10,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.corpus.find_shards import CONVERT
 from data_prep.corpus.shards import ShardReader
 from yxanul_nemo.errors import UserError
 
@@ -145,8 +144,8 @@ def test_columns_of_nulls_alone_are_rows_without_documents(tmp_path):
             "Git-LFS pointer",
             "git lfs pull",
         ),
-        (b'{"text": "a"}\n{"text": "b"}\n', "JSON lines", "write_table"),
-        (b'\xef\xbb\xbf\n {"text": "a"}\n', "JSON lines", "write_table"),
+        (b'{"text": "a"}\n{"text": "b"}\n', "JSON lines", "name end in .jsonl"),
+        (b'\xef\xbb\xbf\n {"text": "a"}\n', "JSON lines", "name end in .jsonl"),
         (b'[{"text": "a"}]', "JSON", "a line each"),
         (b"<!DOCTYPE html><html>Sign in</html>", "web page", "Download it again"),
         (gzip.compress(b"x" * 100, mtime=0), "gzip", "Unpack"),
@@ -158,14 +157,6 @@ def test_what_is_taken_for_parquet_is_called_by_its_name(tmp_path, content, what
     with pytest.raises(UserError, match=rf"x\.parquet.*{what}") as error:
         ShardReader(path)
     assert fix in error.value.fix
-
-
-def test_the_way_from_json_lines_to_parquet_works(tmp_path):
-    """The command of the message, as a shell runs it."""
-    (tmp_path / "x.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    command = CONVERT.split("`")[1].replace("python", sys.executable, 1)
-    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True, timeout=100)
-    assert read(tmp_path / "x.parquet")[0] == ["one", "two"]
 
 
 def test_an_absent_column_is_answered_with_those_that_fit(tmp_path):

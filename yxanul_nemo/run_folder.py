@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+MODEL_SOURCES = "the folder of a run or of a checkpoint, a .nemo file, or a Hugging Face folder"
+"""Where a trained model may lie."""
 TOKENIZER_RECORD = "fingerprint.json"
 """File in a saved tokenizer's folder: the fingerprint, the special tokens, and what the tokenizer was built from."""
 _IN_PHASE_NAME = re.compile(r"phase-[0-9]{2,}-tokens-([0-9]{15})\.json")

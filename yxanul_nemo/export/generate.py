@@ -14,8 +14,9 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.llama import generation_settings
-from yxanul_nemo.export.source import SOURCES, Loaded, load_source
+from yxanul_nemo.export.source import Loaded, load_source
 from yxanul_nemo.log import logger
+from yxanul_nemo.run_folder import MODEL_SOURCES
 
 INCOMPLETE = "\ufffd"
 """What decoding gives for the first bytes of a character whose rest is still to come."""
@@ -152,7 +153,7 @@ def run_generate_stage(config: RunConfig) -> None:
     """Continue `prompt` with the model of `from` (by default the run's own) on standard output, piece by piece."""
     settings, sources = config.generate, config.sources or [config.run.dir]
     if len(sources) > 1:
-        raise UserError("from", f"names {len(sources)} models", "one of them", SOURCES)
+        raise UserError("from", f"names {len(sources)} models", "one of them", MODEL_SOURCES)
     loaded = load_source(sources[0], settings.checkpoint, config.parallel.device)
     print(config.prompt, end="", flush=True)
     began = time.perf_counter()

@@ -18,9 +18,7 @@ from yxanul_nemo.export.fold import llama_config, to_llama
 from yxanul_nemo.export.hf_folder import CONFIG_NAME, open_hf_folder
 from yxanul_nemo.export.llama import build_llama
 from yxanul_nemo.model.nemo_archive import open_archive
-from yxanul_nemo.run_folder import RunFolder
-
-SOURCES = "the folder of a run or of a checkpoint, a .nemo file, or a Hugging Face folder"
+from yxanul_nemo.run_folder import MODEL_SOURCES, RunFolder
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def load_source(source: Path, checkpoint: str = "best", device: str = "auto") ->
     elif source.is_dir() and source.parent == RunFolder(source.parent.parent).checkpoints:
         loaded = _from_checkpoint(CheckpointStore(source.parent).choose(source.name))
     else:
-        raise UserError(source, "does not exist" if not source.exists() else "holds no model", SOURCES)
+        raise UserError(source, "does not exist" if not source.exists() else "holds no model", MODEL_SOURCES)
     loaded.model.to(target, torch.bfloat16 if target.type == "cuda" else torch.float32)
     return loaded
 

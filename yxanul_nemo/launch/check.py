@@ -17,13 +17,16 @@ from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, room_for
 from yxanul_nemo.model.fused_layers import uses_tiles
 from yxanul_nemo.model.memory import MOST_MICRO_BATCH_TOKENS
 from yxanul_nemo.plan.needs import missing_needs
+from yxanul_nemo.plan.preflight import needs_of
 
 PRECISIONS = ("fp32", "bf16", "fp8_hybrid", "fp8_e4m3", "fp8_current", "mxfp8")
 PROBE_VOCAB, PROBE_WINDOWS, PROBE_SEQ_LEN = 1024, 4, 128
 
 
 def check_machine(config: RunConfig) -> bool:
-    """Log what is here and try one layer in each precision; True if the recipe can run."""
+    """Log what the run needs and what is here, and try one layer in each precision; True if the recipe can run."""
+    for need in needs_of(config):
+        logger.info("%-8s %s: %s%s", need.state, need.what, need.found, f". {need.command}" if need.command else "")
     for line in describe_machine():
         logger.info("%s", line)
     try:

@@ -2,11 +2,13 @@
 
 import os
 
+from data_prep.corpus.manifest import load_manifest
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.help import help_text
 from yxanul_nemo.log import configure_logging, logger, quiet_libraries
 from yxanul_nemo.machine.surroundings import make_bearable, without_place
+from yxanul_nemo.run_folder import MODEL_SOURCES
 
 LONE_STAGES = (
     "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "generate", "evaluate", "import",
@@ -43,6 +45,7 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         run_plan_stage(config)
         require_all(config)
         return True
+    _require_paths(config, name)
     configure_logging()
     for note in make_bearable(os.environ):
         logger.warning("%s", note)
@@ -90,6 +93,19 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
 
     run_compare_stage(config)
     return True
+
+
+def _require_paths(config: RunConfig, name: str) -> None:
+    """Refuse paths that do not exist, before what takes long to import."""
+    for source in config.sources:
+        if not source.exists():
+            raise UserError("from", f"{source} does not exist", MODEL_SOURCES)
+    for run in config.runs:
+        if not run.is_dir():
+            raise UserError("runs", f"{run} does not exist", "folders of runs")
+    needs_corpus = any(domain.source is not None for domain in config.validation.domains.values())
+    if name == "import" or (name == "validate" and needs_corpus):
+        load_manifest(config.data_dir)
 
 
 def _use_models(config: RunConfig, name: str) -> None:

@@ -53,6 +53,11 @@ def read_power_watts(uuid: str) -> float | None:
         return None
 
 
+def nvidia_driver() -> str | None:
+    """Return the version of NVIDIA's driver; None where there is none, or nvidia-smi does not answer."""
+    return next(iter(_query("driver_version")), None)
+
+
 def _query(what: str, *options: str) -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []

@@ -1,7 +1,7 @@
 """What a run will do, take and cost, before any of it is spent; beside a run under way, what it really did. No torch, no lock."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, load_manifest
@@ -30,6 +30,7 @@ from yxanul_nemo.model.memory import forecast_memory_bytes, with_micro_batch
 from yxanul_nemo.plan.estimates import Speed, checkpoint_bytes, forecast_speed
 from yxanul_nemo.plan.gpu import check_gpu_precision, choose_gpu, planned_precision
 from yxanul_nemo.plan.measured_rates import rate_warnings
+from yxanul_nemo.plan.preflight import Need, tokens_bytes_to_come
 from yxanul_nemo.plan.progress import PhaseDone, phases_done
 from yxanul_nemo.plan.scaling import Simulator
 from yxanul_nemo.plan.warnings import plan_warnings
@@ -122,6 +123,10 @@ class Plan:
     """At most, the one being written included."""
     checkpoints_disk_bytes: int
     warnings: list[str]
+    tokens_disk_bytes: float = 0.0
+    """What `stage=data` will write; 0 where it is done."""
+    needs: list[Need] = field(default_factory=list)
+    """What the run needs, and what of it is here."""
 
     def to_json(self) -> dict[str, Any]:
         """As `plan.json` has it."""
@@ -192,6 +197,7 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
         checkpoint_bytes=one_checkpoint_bytes,
         checkpoints_kept=kept,
         checkpoints_disk_bytes=kept * one_checkpoint_bytes,
+        tokens_disk_bytes=tokens_bytes_to_come(config, vocab_size),
         warnings=[
             *plan_warnings(config, gpu, found, ranks, rows, vocab_size, vocab_size_source),
             *rate_warnings(config, phases, parameters),

@@ -1,6 +1,5 @@
 """`stage=plan`: the plan as one table on standard output and as `run.dir/plan.json`, the only file that it writes."""
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,42 +9,44 @@ from rich.table import Table
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
-from yxanul_nemo.fetch.needs import what_comes
 from yxanul_nemo.figures import count, duration, rate, size
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.hub import free_bytes
 from yxanul_nemo.log import table_console
 from yxanul_nemo.machine.gpus import found_gpus
 from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB, WORKING_BYTES_PER_PARAMETER
 from yxanul_nemo.plan.plan import Plan, make_plan
+from yxanul_nemo.plan.preflight import needs_of, needs_table
 
 MAX_WIDTH = 1000
 
 
 def run_plan_stage(config: RunConfig) -> Plan:
-    """Make the plan, write it and print it. Raises what `make_plan` does, and UserError if the folder cannot be written."""
+    """Say what the run needs and has, make the plan, write it and print it.
+
+    Raises what `make_plan` does, and UserError if the folder cannot be written."""
+    needs = needs_of(config)
+    console = table_console()
+    console.print(needs_table(needs))
     plan = make_plan(config, found_gpus())
-    notes = disk_warnings(plan, _free_bytes(config.run.dir)) + what_comes(config)
-    plan = replace(plan, warnings=plan.warnings + notes)
+    notes = disk_warnings(plan, free_bytes(config.run.dir))
+    plan = replace(plan, warnings=plan.warnings + notes, needs=needs)
     path = config.run.folder.plan
     with disk_errors(config.run.dir, f"writing {path.name}"):
         write_json_atomic(path, plan.to_json())
-    print_plan(plan, path, table_console())
+    print_plan(plan, path, console)
     return plan
 
 
 def disk_warnings(plan: Plan, free_bytes: int) -> list[str]:
-    """What to say where the checkpoints to come do not fit into the free space; those of a finished phase are there already."""
+    """What to say where tokens and checkpoints to come do not fit into the free space; those of a finished phase are there already."""
     done = sum(phase.done is not None and phase.done.saved_tokens == phase.tokens for phase in plan.phases)
-    to_come_bytes = plan.checkpoints_disk_bytes - done * plan.checkpoint_bytes
+    to_come_bytes = plan.checkpoints_disk_bytes - done * plan.checkpoint_bytes + plan.tokens_disk_bytes
     if to_come_bytes <= free_bytes:
         return []
     there = f"the disk of {plan.run_dir} has {size(free_bytes)} free"
-    return [f"checkpoints take {size(to_come_bytes)} more, but {there}; free some, or choose another run.dir"]
-
-
-def _free_bytes(folder: Path) -> int:
-    existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
-    return shutil.disk_usage(existing).free
+    what = "checkpoints and tokens" if plan.tokens_disk_bytes else "checkpoints"
+    return [f"{what} take {size(to_come_bytes)} more, but {there}; free some, or choose another run.dir"]
 
 
 def print_plan(plan: Plan, path: Path, console: Console) -> None:
@@ -157,7 +158,8 @@ def summary_lines(plan: Plan) -> list[str]:
         f"total: {plan.total_tokens:,} tokens in {plan.total_steps:,} steps, {plan.total_flops:.3g} FLOPs, "
         f"about {duration(plan.total_seconds)} of training steps{hours}{cost}",
         f"checkpoints: {size(plan.checkpoint_bytes)} each, at most {plan.checkpoints_kept} at a time: "
-        f"{size(plan.checkpoints_disk_bytes)} of disk",
+        f"{size(plan.checkpoints_disk_bytes)} of disk"
+        + (f"; tokens: about {size(plan.tokens_disk_bytes)}" if plan.tokens_disk_bytes else ""),
     ]
     if plan.sources is None:
         lines.append("epochs: known when stage=data has prepared the corpus")

@@ -31,8 +31,14 @@ def check_domain_files(config: ValidationConfig, are_to_come: bool = False) -> N
     for name, domain in config.domains.items():
         if are_to_come and domain.hub is not None and not (config.dir / str(domain.path)).is_file():
             continue
-        if domain.path is not None and next(texts(config, name, domain), None) is None:
-            raise empty_domain(name)
+        if domain.path is not None:
+            check_domain_file(config, name, domain)
+
+
+def check_domain_file(config: ValidationConfig, name: str, domain: DomainConfig) -> None:
+    """Read the first document of a domain that is a file; raises as `check_domain_files`."""
+    if next(texts(config, name, domain), None) is None:
+        raise empty_domain(name)
 
 
 def check_heldout(config: ValidationConfig, manifest: CorpusManifest) -> None:

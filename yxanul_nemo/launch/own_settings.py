@@ -121,7 +121,8 @@ def _changed(
     if of_phases and own.curriculum.total_tokens is not None:
         _unscale(settings["curriculum"], own)
     settings = escaped(settings)
-    for one in read:
+    # As Hydra does: files first, whatever the order of the arguments.
+    for one in sorted(read, key=lambda one: one.key_or_group not in groups):
         if one.key_or_group in groups:
             settings[one.key_or_group] = _option(one.key_or_group, str(one.value()), config_dirs)
         elif one.key_or_group != "run.dir" and not one.key_or_group.startswith("hydra."):

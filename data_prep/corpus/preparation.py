@@ -53,7 +53,7 @@ def prepare_corpus(
         }
         _remove_temporary_files(data_dir, sources)
         if old is not None:
-            _refuse_other_corpus(data_dir, old, tasks)
+            _refuse_other_corpus(data_dir, old, tasks, encoder.fingerprint)
         records = {task: record for group in tasks.values() for task in group if (record := _finished(task))}
         missing = [task for group in tasks.values() for task in group if task not in records]
         if lost := {task.shard.name for task in missing if task.input_gone}:
@@ -68,6 +68,9 @@ def prepare_corpus(
         manifest = _manifest(
             encoder, heldout_fraction, {name: [records[task] for task in group] for name, group in tasks.items()}
         )
+        if old is not None:
+            # Of sources that other runs on these tokens read.
+            manifest = manifest.model_copy(update={"sources": old.sources | manifest.sources})
         if manifest != old:
             manifest.save(data_dir)
             _warn_of_copies(manifest)
@@ -188,13 +191,13 @@ def _changes(old: ShardOptions, new: ShardOptions) -> str:
     return "; ".join(said)
 
 
-def _refuse_other_corpus(data_dir: Path, old: CorpusManifest, tasks: dict[str, list[ShardTask]]) -> None:
-    """A finished corpus keeps its shards: runs that began on it speak of its fingerprint."""
+def _refuse_other_corpus(
+    data_dir: Path, old: CorpusManifest, tasks: dict[str, list[ShardTask]], tokenizer_fingerprint: str
+) -> None:
+    """A finished source keeps its shards: runs that began on it speak of its fingerprint. Another source may come beside it."""
     changes = []
-    if dropped := sorted(old.sources.keys() - tasks.keys()):
-        changes.append(f"sources gone: {', '.join(dropped)}")
-    if added := sorted(tasks.keys() - old.sources.keys()):
-        changes.append(f"sources added: {', '.join(added)}")
+    if not old.sources.keys() & tasks.keys() and old.tokenizer_fingerprint != tokenizer_fingerprint:
+        changes.append("another tokenizer")
     for name in sorted(old.sources.keys() & tasks.keys()):
         before = {entry.file for entry in old.sources[name].inputs}
         now = {task.shard.name for task in tasks[name]}
@@ -206,7 +209,7 @@ def _refuse_other_corpus(data_dir: Path, old: CorpusManifest, tasks: dict[str, l
         raise UserError(
             data_dir,
             f"was prepared from another set of inputs ({'; '.join(changes)})",
-            "the same sources and shards",
+            "the same shards of each source",
             f"Prepare into another data.dir. To go on with the new set here, delete {data_dir / MANIFEST_NAME}: finished shards are "
             "kept, but runs that began on the old set cannot be resumed.",
         )

@@ -47,15 +47,23 @@ class Launched:
     """A launcher in a process group of its own, as a terminal would start it, with its output in a file.
 
     Args:
-        stop_at: name of a file or folder; a task stops when it is about to give that name.
+        stop_at: name of a file or folder; a process stops when it is about to give that name.
+        small: with the small demo's settings.
     """
 
-    def __init__(self, output: Path, *arguments: object, stdin: int = subprocess.DEVNULL, stop_at: str = ""):
+    def __init__(
+        self,
+        output: Path,
+        *arguments: object,
+        stdin: int = subprocess.DEVNULL,
+        stop_at: str = "",
+        small: bool = True,
+    ):
         self.output = output
         faults = {"YXANUL_TEST_STOP_AT": stop_at, "PYTHONPATH": str(FAULTS_DIR)} if stop_at else {}
         with open(output, "wb") as handle:
             self.process = subprocess.Popen(
-                command(*arguments),
+                command(*arguments) if small else [sys.executable, "launcher.py", *map(str, arguments)],
                 cwd=REPO_DIR,
                 env=os.environ | faults,
                 stdin=stdin,
@@ -92,6 +100,10 @@ class Launched:
             if self.process.poll() is not None or time.monotonic() > deadline:
                 pytest.fail(f"no {what} came; the launcher printed:\n{self.text}")
             time.sleep(0.002)
+
+    def wait_until_stopped(self) -> None:
+        """Wait for the launcher itself to stop at the place that it stops at."""
+        self.wait_until(lambda: state(self.process.pid) == "T", "stop")
 
     def end(self) -> int:
         """Wait for the end; the exit code."""

@@ -64,14 +64,15 @@ def _read_numbers(value: Any, name: str, annotation: Any) -> Any:
     """`value` with the numbers in it as numbers, where they are written as text and the field holds numbers."""
     kinds = alternatives(annotation)
     if isinstance(value, str) and str not in kinds and {int, float} & set(kinds):
-        return _number(value.strip(), name)
+        return number_written(value.strip(), name)
     if isinstance(value, list):
         inner = next((get_args(kind)[0] for kind in kinds if get_origin(kind) is list), None)
         return [_read_numbers(one, name, inner) for one in value] if inner is not None else value
     return value
 
 
-def _number(text: str, name: str) -> int | float | str:
+def number_written(text: str, name: str = "") -> int | float | str:
+    """Return the number that a text such as `10M` means, or `2h` where a field's name has a unit of time; the text if it is none."""
     unit = next((seconds for ending, seconds in UNIT_SECONDS.items() if name.endswith(ending)), None)
     if unit is not None and DURATION.fullmatch(text):
         return duration_seconds(text) / unit

@@ -78,6 +78,18 @@ class RunConfig(Section):
         return [Path(name) for name in named]
 
     @property
+    def run_folders(self) -> list[Path]:
+        """Folders that `runs` names; a glob means those of begun runs."""
+        found: list[Path] = []
+        for path in self.runs:
+            if not set("*?[") & set(str(path)):
+                found.append(path)
+                continue
+            matches = Path(path.anchor or ".").glob(str(path.relative_to(path.anchor)))
+            found += [match for match in sorted(matches) if RunFolder(match).config.is_file()]
+        return found
+
+    @property
     def data_dir(self) -> Path:
         """Folder with the prepared tokens."""
         return self.data.dir or self.run.folder.data

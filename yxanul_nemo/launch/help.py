@@ -18,14 +18,15 @@ LOOKING = {
     "plan.gpu=h100 plan.gpus=8 plan.price_per_gpu_hour=2.5",
     "check": "what this machine can do and what the recipe would use here; exit code 1 if it cannot run",
     "bench": "tokens/s, MFU and memory of the training step for each phase; bench.seq_len=[8,2048] bench.profile=true",
-    "status": "what is done, running and waiting, with speed and time left",
-    "cancel": "ends the jobs of a run that cluster=slurm has submitted",
+    "status": "what is done, running and waiting, with speed and time left; 'runs=[runs/*]' lists several runs",
+    "cancel": "ends the jobs of a run that cluster=slurm has submitted, or its launcher on this machine",
     "inspect_data": "the prepared corpus with samples",
     "compare_tokenizers": "the run's tokenizer beside plain BPE of its size",
     "report": "run.dir/report/index.html: curves, plan and reality, held-out text, samples; runs=[runs/a,runs/b] compares",
     "generate": "text from the run's best checkpoint or from=PATH: prompt='Once upon a time' generate.temperature=0.8",
     "evaluate": "the same model at questions made of held-out text; evaluate.tasks=[gsm8k] and others",
     "import": "from=PATH, a .nemo file or Hugging Face folder, as the first checkpoint of a new run",
+    "branch": "from=RUN@TOKENS run.dir=NEW: a new run from a checkpoint of another, with its moments and its place in the data",
     "help": "this page",
 }
 
@@ -45,7 +46,7 @@ Try in this order: stage=plan, stage=check, stage=all, stage=report.
 
 STAGES  all (the default) is these five; each also alone, several as 'stage=[train,export]' (quoted: shells read [])
 {_entries(PIPELINE)}
-These run alone; all but cancel and import only look:
+These run alone; all but cancel, import and branch only look:
 {_entries(LOOKING)}
 
 RECIPES  recipe=NAME, a short list of choices over conf/
@@ -59,7 +60,8 @@ KEYS  key=value changes one, as in optim.lr=3e-4 or curriculum.phases.0.seq_len=
   All keys with meaning, unit and default: docs/config.md. What a command line comes to: --cfg job.
   --config-dir DIR  recipes and other options from a folder of your own, laid out as conf/
 
-REPEATING a command does only what is not done yet, after a crash too. Ctrl-C, SIGTERM and SIGUSR1 save and end.
+REPEATING a command does only what is not done yet, after a crash too; run.dir=X alone goes on with the run in X.
+allow=[optim.lr] lets a key change from here on (docs/guide/going-on.md). Ctrl-C, SIGTERM and SIGUSR1 save and end.
 Everything of a run is in run.dir (default runs/<recipe>): checkpoints/, metrics.jsonl, tensorboard/, validation/, export/, logs/.
 
 ON SLURM  cluster=slurm submits the stages as a chain of jobs; cluster.dry_run=true only prints them.

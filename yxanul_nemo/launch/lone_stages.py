@@ -1,4 +1,4 @@
-"""Stages that run alone. They leave what was trained as it is, and but for `import`, which begins a run, take no lock."""
+"""Stages that run alone. They leave what was trained as it is, and but for `import` and `branch`, which begin a run, take no lock."""
 
 import os
 
@@ -12,9 +12,9 @@ from yxanul_nemo.run_folder import MODEL_SOURCES
 
 LONE_STAGES = (
     "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "generate", "evaluate", "import",
-    "help",
+    "branch", "help",
 )  # fmt: skip
-WITH_SOURCES = ("generate", "evaluate", "import", "validate")
+WITH_SOURCES = ("generate", "evaluate", "import", "validate", "branch")
 """Stages that `from` says something to."""
 
 
@@ -54,6 +54,11 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         kept = without_place(os.environ)
         for variable in set(os.environ) - set(kept):
             del os.environ[variable]
+    if name == "branch":
+        from yxanul_nemo.launch.branch import run_branch_stage
+
+        run_branch_stage(config)
+        return True
     if name in WITH_SOURCES:
         quiet_libraries()
         _use_models(config, name)
@@ -64,9 +69,12 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         run_report_stage(config)
         return True
     if name == "status":
-        from yxanul_nemo.launch.status import show_status
+        from yxanul_nemo.launch.status import show_runs, show_status
 
-        show_status(config)
+        if config.runs:
+            show_runs(config.run_folders)
+        else:
+            show_status(config)
         return True
     if name == "cancel":
         from yxanul_nemo.launch.cancel import cancel_run

@@ -22,6 +22,7 @@ from yxanul_nemo.config.load import compose, load_run_config, parse
 from yxanul_nemo.config.overriding import apply, escaped, parsed, resolved
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases
+from yxanul_nemo.errors import UserError
 from yxanul_nemo.run_folder import RunFolder
 
 OF_ONE_COMMAND = ("stage", "from", "prompt", "phases", "runs", "allow")
@@ -53,7 +54,10 @@ def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
         UserError: an argument names no key or has no valid value.
     """
     read = parsed(overrides)
-    run_dir = _run_dir(read, overrides, config_dirs) if read is not None else None
+    stage = _last(read or (), "stage") or "all"
+    run_dir = _run_dir(read, overrides, config_dirs) if read is not None and stage not in BEGINNING else None
+    if read is not None and stage == "branch":
+        return _branch(read, overrides, config_dirs)
     own = own_settings(run_dir) if run_dir is not None else None
     if read is None or own is None:
         return Asked(parse(compose(overrides, config_dirs)), [])
@@ -71,6 +75,34 @@ def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
     return Asked(asked.model_copy(update={"allow": allow}), said)
 
 
+def _branch(read: Sequence[Override], overrides: Sequence[str], config_dirs: Sequence[Path]) -> Asked:
+    """Return the settings of a run that begins from a checkpoint of another."""
+    from yxanul_nemo.launch.branch import parent_of, parent_settings
+
+    source, run_dir = _last(read, "from"), _run_dir(read, overrides, config_dirs)
+    if source is None:
+        raise UserError(
+            "from", "is not set", "RUN or RUN@TOKENS", "As in stage=branch from=runs/a@100000 run.dir=runs/b."
+        )
+    if run_dir is None or _last(read, "run.dir") is None:
+        raise UserError("run.dir", "is not set", "a new folder for the branch", "As in run.dir=runs/branch.")
+    parent = parent_of(str(expanded(str(source))))
+    now = own_settings(parent.run_dir)
+    if now is None:
+        raise UserError("from", f"is {source}, which has no config.yaml", "the folder of a run")
+    base = parent_settings(parent, now)
+    base = base.model_copy(update={"run": base.run.model_copy(update={"dir": run_dir})})
+    asked = _changed(base, read, overrides, config_dirs)
+    said = [f"the settings are those of the run in {parent.run_dir} after {parent.checkpoint.tokens:,} tokens"]
+    found = setting_differences(*(settings_of(one, plan_phases(one.curriculum)) for one in (base, asked)))
+    return Asked(asked, said + ([f"the command line changes {', '.join(map(str, found))}"] if found else []))
+
+
+def _last(read: Sequence[Override], key: str) -> Any:
+    """Return the value that the command line gives a key at last; None where it gives none."""
+    return next((one.value() for one in reversed(read) if one.key_or_group == key), None)
+
+
 def own_settings(run_dir: Path) -> RunConfig | None:
     """Return the settings that a run was last given, with the folder that it is in now; None for one that has not begun.
 
@@ -86,10 +118,7 @@ def own_settings(run_dir: Path) -> RunConfig | None:
 
 
 def _run_dir(read: Sequence[Override], overrides: Sequence[str], config_dirs: Sequence[Path]) -> Path | None:
-    """Return the folder of the run that the command line goes on with; None where it begins one."""
-    stage = next((one.value() for one in reversed(read) if one.key_or_group == "stage"), "all")
-    if stage in BEGINNING:
-        return None
+    """Return the folder of the run that the command line is about; None where that cannot be composed."""
     groups = _groups(config_dirs)
     about_place = [
         text

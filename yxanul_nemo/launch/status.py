@@ -1,14 +1,18 @@
 """`stage=status`: what of a run is done, at work and waiting, with speed and time left; of a chain of jobs and of a local run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from data_prep.corpus.manifest import MANIFEST_NAME, load_manifest
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import Phase, plan_phases
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.launch.own_settings import own_settings
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.slurm import commands
 from yxanul_nemo.launch.slurm.commands import JobState
@@ -19,6 +23,7 @@ from yxanul_nemo.lock import Owner, running_launcher
 from yxanul_nemo.log import logger, table_console
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.plan.progress import PhaseDone, phases_done
+from yxanul_nemo.validation.record import last_mean
 
 WORDS = {"PENDING": "queued", "COMPLETING": "ending", "TIMEOUT": "over its limit", "COMPLETED": "ended"}
 
@@ -60,6 +65,42 @@ def show_status(config: RunConfig) -> None:
     broken = [row for row in rows if row.state not in ("done", "running", "waiting", "ending", "not begun")]
     if chain and broken and not any(row.state.startswith(("running", "queued", "waiting", "ending")) for row in rows):
         console.print(f"to go on: {chain.command}", soft_wrap=True, markup=False)
+
+
+def show_runs(folders: Sequence[Path]) -> None:
+    """Print a line for each of several runs on standard output."""
+    if not folders:
+        raise UserError("runs", "names no run", "folders of runs, as in 'runs=[runs/*]'")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("run", "state", "tokens", "done", "bits/byte", "from"):
+        table.add_column(name, justify="right" if name in ("tokens", "done", "bits/byte") else "left", overflow="fold")
+    for folder in folders:
+        table.add_row(*_run_cells(folder))
+    table_console().print(table)
+
+
+def _run_cells(folder: Path) -> list[str]:
+    own = own_settings(folder)
+    if own is None:
+        raise UserError("runs", f"names {folder}, which holds no run", "folders of runs that have begun")
+    try:
+        rows = status_rows(own)
+    except UserError as error:
+        return [str(folder), f"cannot be read: {error}", "", "", "", ""]
+    trained, planned = sum(row.tokens for row in rows), sum(row.planned_tokens or 0 for row in rows)
+    at = next((row for row in rows if row.state != "done"), None)
+    newest = CheckpointStore.of_run(own, verify="size").newest_good()
+    ledger = newest.read_ledger() if newest else None
+    parent = ledger.lineage[-1] if ledger and ledger.lineage else None
+    score = last_mean(own)
+    return [
+        str(folder),
+        f"{at.task} {at.state}" if at else "done",
+        f"{trained:,} of {planned:,}",
+        f"{trained / planned:.0%}",
+        f"{score:.4f}" if score is not None else "",
+        f"{parent.run} at {parent.at_tokens:,}" if parent else "",
+    ]
 
 
 def _require_run(config: RunConfig) -> None:

@@ -22,9 +22,11 @@ def run_report_stage(config: RunConfig) -> Path:
     Raises:
         UserError: a folder that holds no run, or one that cannot be written to.
     """
-    if len(config.runs) == 1:
-        raise UserError("runs", f"names one run, {config.runs[0]}", "two or more", "A page of one run: run.dir=FOLDER.")
-    return _compare(config) if config.runs else _single(config)
+    if len(config.run_folders) == 1:
+        raise UserError(
+            "runs", f"names one run, {config.run_folders[0]}", "two or more", "A page of one run: run.dir=FOLDER."
+        )
+    return _compare(config) if config.run_folders else _single(config)
 
 
 def _single(config: RunConfig) -> Path:
@@ -38,8 +40,11 @@ def _single(config: RunConfig) -> Path:
 
 
 def _compare(config: RunConfig) -> Path:
-    runs = [read_run(path, label) for path, label in zip(config.runs, distinct_labels(config.runs), strict=True)]
-    folder = config.report.dir or config.runs[0].parent / ("compare_" + "_".join(run.label for run in runs))
+    runs = [
+        read_run(path, label)
+        for path, label in zip(config.run_folders, distinct_labels(config.run_folders), strict=True)
+    ]
+    folder = config.report.dir or config.run_folders[0].parent / ("compare_" + "_".join(run.label for run in runs))
     with disk_errors(folder, "writing the report"):
         folder.mkdir(parents=True, exist_ok=True)
         made = comparison_charts(runs)

@@ -68,6 +68,17 @@ def read_tokens(path: Path) -> int | None:
         return None
 
 
+def last_mean(config: RunConfig) -> float | None:
+    """Return mean bits per byte at the end of the last phase that was validated; None where none was."""
+    for number in range(len(config.curriculum.phases), 0, -1):
+        path = phase_result_path(config.run.dir, number)
+        try:
+            return float(parse_json(path.read_text(encoding="utf-8"))["mean_bits_per_byte"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return None
+
+
 def metric_of(result: Mapping[str, Any], metric: str) -> float:
     """The value that `validation.best_metric` names; lower is better."""
     domain, dot, field = metric.rpartition(".")

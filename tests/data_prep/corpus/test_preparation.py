@@ -241,6 +241,18 @@ def test_shards_that_come_or_go_are_named(tmp_path, corpus, prepare, make_texts,
     assert len(prepare(tmp_path / "out", folder).sources["web"].inputs) == 2
 
 
+def test_another_source_comes_beside_those_of_other_runs(tmp_path, corpus, tokenizer_folder, make_texts, write_shards):
+    folder, _ = corpus
+    load = functools.partial(Tokenizer.load, tokenizer_folder)
+    web, law = SourceConfig(path=str(folder)), SourceConfig(path=str(tmp_path / "law"))
+    write_shards(tmp_path / "law", {"only": make_texts(40, seed=9)})
+    first = prepare_corpus(tmp_path / "out", {"web": web}, load(), load, 0.1, 1)
+    both = prepare_corpus(tmp_path / "out", {"web": web, "law": law}, load(), load, 0.1, 1)
+    assert list(both.sources) == ["web", "law"] and both.of(["web"]).fingerprint == first.fingerprint
+    assert both.source_fingerprint("web") == first.source_fingerprint("web") != both.source_fingerprint("law")
+    assert prepare_corpus(tmp_path / "out", {"web": web}, load(), load, 0.1, 1) == both, "the other run's source stays"
+
+
 def test_an_input_folder_may_move(tmp_path, corpus, prepare):
     folder, _ = corpus
     first = prepare(tmp_path / "out", folder)

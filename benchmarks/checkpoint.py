@@ -24,7 +24,8 @@ from yxanul_nemo.checkpoint.shards import ShardReader
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import compose, parse, to_yaml
 from yxanul_nemo.model.build import build_model
-from yxanul_nemo.training.make_backend import make_backend
+from yxanul_nemo.training.build import make_backend
+from yxanul_nemo.training.cuda_backend import CudaBackend
 from yxanul_nemo.training.saving import CheckpointSaver
 
 PLAN = PhasePlan(seq_len=1, tokens_per_step=1, planned_tokens=10**6, lr_scale=1.0, grad_clip=1.0)
@@ -63,8 +64,9 @@ def measure(overrides: list[str], device: str, vocab_size: int, folder: Path, re
     config = parse(compose([*overrides, *precision, f"parallel.device={device}"]))
     model = build_model(config.model, vocab_size, config.precision, config.parallel, config.run.seed)
     backend = make_backend(model, config, device)
-    # FP8's scales exist only after a pass.
-    backend.prepare(WARMUP_WINDOWS, 1, WARMUP_LEN)
+    if isinstance(backend, CudaBackend):
+        # FP8's scales exist only after a pass.
+        backend.prepare(WARMUP_WINDOWS, 1, WARMUP_LEN)
     store = CheckpointStore(folder, keep_latest=2)
     times: dict[str, list[float]] = {}
 

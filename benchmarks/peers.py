@@ -36,7 +36,7 @@ from yxanul_nemo.machine.environment import describe_environment
 from yxanul_nemo.machine.runtime import init_process_groups
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.fp8_state import forget_fp8_state
-from yxanul_nemo.training.make_backend import make_backend
+from yxanul_nemo.training.build import make_backend
 
 VOCAB_SIZE, PADDED_ROWS = 200_005, 200_064
 WARMUP_STEPS, TIMED_STEPS = 4, 12

@@ -17,6 +17,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -30,7 +31,8 @@ from yxanul_nemo.export.fold import to_llama
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.training.backend import StepResult
-from yxanul_nemo.training.session import PhaseSession
+from yxanul_nemo.training.loop import train_phase
+from yxanul_nemo.training.prepare import prepare_phase
 from yxanul_nemo.training.signals import StopRequest
 
 CHUNK_LOGITS = 1 << 28
@@ -129,19 +131,19 @@ def losses_of_both(
     """Train the first steps of the recipe's first phase with both; a row for each step: losses, gradient norms, learning rate."""
     if config.data.document_mask or config.optim.muon is not None:
         raise UserError("data.document_mask and optim", "are more than the plain model has", "false and adamw")
-    session = PhaseSession(config, 1)
-    if session.checkpoint is not None or session.world_size > 1:
+    prepared = prepare_phase(config, 1)
+    if prepared.checkpoint is not None or dist.get_world_size() > 1:
         raise UserError(config.run.dir, "has a checkpoint already, or there are several processes", "one new run")
-    config = session.config
-    device = next(session.backend.model.parameters()).device
+    config = prepared.config
+    device = next(prepared.backend.model.parameters()).device
     in_bf16 = plain == "bf16"
     dtype = torch.bfloat16 if in_bf16 else torch.float32
-    model = plain_model(config, session.manifest.vocab_size, dtype, device, unscaled_residuals)
+    model = plain_model(config, prepared.manifest.vocab_size, dtype, device, unscaled_residuals)
     if device.type == "cuda":
         for block in model.blocks:
             block.compile(dynamic=False)
     loop = PlainLoop(model, config.optim, micro_batch_tokens, in_bf16)
-    stop, rows, product_step = StopRequest(), [], session.backend.train_step
+    stop, rows, product_step = StopRequest(), [], prepared.backend.train_step
 
     def both(ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, **options: bool) -> StepResult:
         result = product_step(ids_ABT, labels_ABT, lr, grad_clip, **options)
@@ -159,8 +161,8 @@ def losses_of_both(
             stop.reason = f"{steps} steps"
         return result
 
-    session.backend.train_step = both
-    session.run(stop)
+    prepared.backend.train_step = both
+    train_phase(prepared, stop)
     return rows
 
 

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["yxanul_nemo.training.session"])
+CONTEXT.set_forkserver_preload(["yxanul_nemo.training.loop"])
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, *arguments: object, on_gpus: bool = False) -> list[Any]:

@@ -104,19 +104,19 @@ def test_contributing_shows_the_same_order() -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "from yxanul_nemo.training.session import PhaseSession",
-        "import yxanul_nemo.training.session",
-        "from yxanul_nemo.training import session",
-        "def late():\n    from yxanul_nemo.training.session import PhaseSession",
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from yxanul_nemo.training.session import PhaseSession",
+        "from yxanul_nemo.training.loop import train_phase",
+        "import yxanul_nemo.training.loop",
+        "from yxanul_nemo.training import loop",
+        "def late():\n    from yxanul_nemo.training.loop import train_phase",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from yxanul_nemo.training.loop import train_phase",
     ],
 )
 def test_an_import_upwards_is_found(tmp_path: Path, statement: str) -> None:
-    session = tmp_path / "yxanul_nemo" / "training" / "session.py"
+    loop = tmp_path / "yxanul_nemo" / "training" / "loop.py"
     store = tmp_path / "yxanul_nemo" / "checkpoint" / "store.py"
-    for path, text in ((session, "from yxanul_nemo.checkpoint.store import CheckpointStore"), (store, statement)):
+    for path, text in ((loop, "from yxanul_nemo.checkpoint.store import CheckpointStore"), (store, statement)):
         path.parent.mkdir(parents=True)
         path.write_text(text, encoding="utf-8")
     graph = imports(tmp_path)
-    assert climbs(graph) == ["yxanul_nemo/checkpoint/store.py imports yxanul_nemo/training/session.py"]
-    assert {path.name for path in circle(graph)} == {"session.py", "store.py"}
+    assert climbs(graph) == ["yxanul_nemo/checkpoint/store.py imports yxanul_nemo/training/loop.py"]
+    assert {path.name for path in circle(graph)} == {"loop.py", "store.py"}

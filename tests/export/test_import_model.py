@@ -20,7 +20,7 @@ from yxanul_nemo.export.import_model import import_model
 from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.model.build import reference_precision
 from yxanul_nemo.model.gpt import YxanulGPT
-from yxanul_nemo.training.session import PhaseSession
+from yxanul_nemo.training.prepare import prepare_phase
 
 
 @pytest.fixture
@@ -58,17 +58,17 @@ def test_training_goes_on_from_a_nemo_files_weights_exactly(
     assert (checkpoint.tokens, ledger.phase) == (0, 0)
     assert ledger.notes[0].startswith("weights imported from model.nemo, SHA-256 ")
     trained = restored(*exported)
-    session = PhaseSession(config, 1)
-    assert same_weights(session.backend.model, trained)
-    assert session.ledger.phase == 1
-    assert session.ledger.tokens_total == 0
+    prepared = prepare_phase(config, 1)
+    assert same_weights(prepared.backend.model, trained)
+    assert prepared.ledger.phase == 1
+    assert prepared.ledger.tokens_total == 0
     # One step changes them: the optimizer is there, and starts afresh.
     ids = torch.randint(0, 700, (1, 2, 17), generator=torch.Generator().manual_seed(0))
-    result = session.backend.train_step(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), lr=1e-3, grad_clip=1.0)
+    result = prepared.backend.train_step(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), lr=1e-3, grad_clip=1.0)
     with torch.no_grad():
         expected = trained(ids[0, :, :-1], ids[0, :, 1:].contiguous()).mean()
     assert float(result.loss) == pytest.approx(expected.item(), rel=1e-5)
-    assert not same_weights(session.backend.model, trained)
+    assert not same_weights(prepared.backend.model, trained)
 
 
 def split_weights(folder: Path) -> None:

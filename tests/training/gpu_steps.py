@@ -18,11 +18,12 @@ def config(*overrides: str) -> RunConfig:
 
 
 def backend(settings: RunConfig, micro_batch_size: int = 16, seq_len: int = 128):
-    from yxanul_nemo.training.make_backend import make_backend
+    from yxanul_nemo.training.build import make_backend
 
     model = build_model(settings.model, VOCAB, settings.precision, settings.parallel, seed=1, seq_len=seq_len)
     made = make_backend(model, settings, settings.parallel.device, EOS)
-    made.prepare(micro_batch_size, 2, seq_len)
+    if settings.parallel.device == "cuda":
+        made.prepare(micro_batch_size, 2, seq_len)
     return made
 
 
@@ -47,6 +48,5 @@ def losses(made, steps: range, lr: float = 1e-3, device: str = "cuda", in_bf16: 
     out = []
     for step in steps:
         ids, labels = structured(step)
-        made.make_room(ids)
         out.append(float(made.train_step(ids.to(device), labels.to(device), lr, 1.0, in_bf16=in_bf16).loss))
     return out

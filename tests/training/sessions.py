@@ -22,13 +22,17 @@ from yxanul_nemo.validation.record import phase_result_path
 REPO_DIR = Path(__file__).resolve().parents[2]
 
 
-def train(config: RunConfig, phases: Sequence[int]) -> list[bool]:
+def train(config: RunConfig, phases: Sequence[int], callback: object = None) -> list[bool]:
     """Train those phases that are not done, as the launcher's workers would; ends with the first one that is stopped.
+
+    Args:
+        callback: is called by the training loop.
 
     Returns whether each was completed.
     """
     from yxanul_nemo.checkpoint.store import CheckpointStore
-    from yxanul_nemo.training.session import PhaseSession
+    from yxanul_nemo.training.loop import train_phase
+    from yxanul_nemo.training.prepare import prepare_phase
     from yxanul_nemo.training.signals import StopRequest
 
     stop = StopRequest()
@@ -38,7 +42,8 @@ def train(config: RunConfig, phases: Sequence[int]) -> list[bool]:
     completed = []
     for number in phases:
         if not phase_result_path(config.run.dir, number).is_file():
-            completed.append(PhaseSession(config, number).run(stop))
+            callbacks = [] if callback is None else [callback]
+            completed.append(train_phase(prepare_phase(config, number), stop, callbacks=callbacks))
             if not completed[-1]:
                 break
     return completed
@@ -58,30 +63,35 @@ def refusals(configs: Sequence[RunConfig], phases: Sequence[int]) -> list[str]:
 
 def train_until(config: RunConfig, phases: Sequence[int], tokens: int, number: int, rank: int = 0) -> list[bool]:
     """`train`, with a signal to one rank in the step that brings the run to `tokens`."""
-    from yxanul_nemo.training.module import PhaseModule
 
-    step = PhaseModule.training_step
-
-    def step_and_signal(module: PhaseModule, batch: tuple, batch_index: int) -> None:
-        step(module, batch, batch_index)
-        if module.tokens_total == tokens and int(os.environ["RANK"]) == rank:
+    def signal_once(trainer: Any) -> None:
+        if trainer.tokens_total == tokens and int(os.environ["RANK"]) == rank:
             os.kill(os.getpid(), number)
 
-    PhaseModule.training_step = step_and_signal
-    return train(config, phases)
+    return train(config, phases, AfterStep(signal_once))
+
+
+class AfterStep:
+    """A callback that does something after each optimizer step."""
+
+    def __init__(self, act: Callable[[Any], None]):
+        self.act = act
+
+    def on_train_batch_end(self, trainer: Any, model: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.act(trainer)
 
 
 def train_and_signal_in_validation(config: RunConfig, phases: Sequence[int]) -> list[bool]:
     """`train`, with SIGTERM when validation begins."""
-    from yxanul_nemo.training import session
+    from yxanul_nemo.training import validating
 
-    validate = session.validate_model
+    validate = validating.validate_model
 
     def signal_and_validate(*arguments: object) -> dict:
         os.kill(os.getpid(), signal.SIGTERM)
         return validate(*arguments)
 
-    session.validate_model = signal_and_validate
+    validating.validate_model = signal_and_validate
     return train(config, phases)
 
 
@@ -105,8 +115,7 @@ def train_and_count(config: RunConfig, phases: Sequence[int]) -> dict[str, dict[
     def count(work: str, tokens: int, place: str) -> None:
         lines[work][tokens] = lines[work].get(tokens, 0) + 1
 
-    _on_each_line(count)
-    assert all(train(config, phases))
+    assert all(train(config, phases, _on_each_line(count)))
     return lines
 
 
@@ -121,26 +130,29 @@ def train_and_die(config: RunConfig, phases: Sequence[int], work: str, tokens: i
             note.write_text(place)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    _on_each_line(count)
-    train(config, phases)
+    train(config, phases, _on_each_line(count))
 
 
 WORK = ("step", "snapshot", "save", "validation")
 """Kinds of work that kills are aimed at; a save runs in a thread beside the others."""
 
 
-def _on_each_line(act: Callable[[str, int, str], None]) -> None:
+def _on_each_line(act: Callable[[str, int, str], None]) -> object:
     """Call `act(work, tokens, place)` before each line of the project that is run for a piece of work.
 
-    Its tokens are those of the run that it leads to.
+    Its tokens are those of the run that it leads to. The result is a callback that training needs, to know them of a step.
     """
-    from yxanul_nemo.training.module import PhaseModule
+    from yxanul_nemo.training import loop
+    from yxanul_nemo.training.cpu_backend import CpuBackend
     from yxanul_nemo.training.saving import CheckpointSaver
-    from yxanul_nemo.training.session import PhaseSession
 
     now = threading.local()
 
-    def watch(work: str, owner: type, name: str, tokens_of: Callable[..., int]) -> None:
+    class BeforeStep:
+        def on_train_batch_start(self, trainer: Any, model: Any, batch: Any, batch_idx: int) -> None:
+            now.step_tokens = trainer.tokens_total + trainer.phase.tokens_per_step
+
+    def watch(work: str, owner: Any, name: str, tokens_of: Callable[..., int]) -> None:
         method = getattr(owner, name)
 
         def watched(self: object, *arguments: object, **named: object) -> object:
@@ -152,10 +164,10 @@ def _on_each_line(act: Callable[[str, int, str], None]) -> None:
 
         setattr(owner, name, watched)
 
-    watch("step", PhaseModule, "training_step", lambda module, *_: module.tokens_total + module.phase.tokens_per_step)
+    watch("step", CpuBackend, "train_step", lambda *_, **__: now.step_tokens)
     watch("snapshot", CheckpointSaver, "start", lambda saver, ledger, **_: ledger.tokens_total)
     watch("save", CheckpointSaver, "_run", lambda saver, save: save.ledger.tokens_total)
-    watch("validation", PhaseSession, "_validate", lambda session, _: session.phase.first_token + session.phase.tokens)
+    watch("validation", loop, "validate_phase", lambda state, _: state.phase.first_token + state.phase.tokens)
     monitoring, tool = sys.monitoring, sys.monitoring.DEBUGGER_ID
 
     def on_start(code: CodeType, offset: int) -> object:
@@ -171,6 +183,7 @@ def _on_each_line(act: Callable[[str, int, str], None]) -> None:
     monitoring.register_callback(tool, monitoring.events.PY_START, on_start)
     monitoring.register_callback(tool, monitoring.events.LINE, on_line)
     monitoring.set_events(tool, monitoring.events.PY_START)
+    return BeforeStep()
 
 
 def train_and_read_back(config: RunConfig, phases: Sequence[int]) -> list[list[tuple[np.ndarray, np.ndarray]]]:
@@ -213,19 +226,14 @@ def train_and_draw(config: RunConfig, phases: Sequence[int], stop_at_tokens: int
     """`train`, with a random number drawn from torch's generator in each step, to a stop if tokens for one are given."""
     import torch
 
-    from yxanul_nemo.training.module import PhaseModule
-
     drawn: list[float] = []
-    step = PhaseModule.training_step
 
-    def step_and_draw(module: PhaseModule, batch: tuple, batch_index: int) -> None:
-        step(module, batch, batch_index)
+    def draw(trainer: Any) -> None:
         drawn.append(float(torch.rand(1)))
-        if module.tokens_total == stop_at_tokens:
+        if trainer.tokens_total == stop_at_tokens:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    PhaseModule.training_step = step_and_draw
-    train(config, phases)
+    train(config, phases, AfterStep(draw))
     return drawn
 
 
@@ -253,43 +261,38 @@ def train_with_spikes(config: RunConfig, phases: Sequence[int], spikes: Sequence
 def train_and_hang(config: RunConfig, phases: Sequence[int], tokens: int, rank: int, logs: Path) -> None:
     """`train`, with a step of one rank that never ends; what each rank prints goes into a file."""
     from yxanul_nemo.log import configure_logging
-    from yxanul_nemo.training.module import PhaseModule
 
     os.dup2(os.open(logs / os.environ["RANK"], os.O_WRONLY | os.O_CREAT), 2)
     configure_logging()
-    step = PhaseModule.training_step
 
-    def step_and_hang(module: PhaseModule, batch: tuple, batch_index: int) -> None:
-        if module.tokens_total == tokens and int(os.environ["RANK"]) == rank:
-            threading.Event().wait()
-        step(module, batch, batch_index)
+    class BeforeStep:
+        def on_train_batch_start(self, trainer: Any, model: Any, batch: Any, batch_idx: int) -> None:
+            if trainer.tokens_total == tokens and int(os.environ["RANK"]) == rank:
+                threading.Event().wait()
 
-    PhaseModule.training_step = step_and_hang
-    train(config, phases)
+    train(config, phases, BeforeStep())
 
 
 def train_ahead_of_a_save(config: RunConfig, phases: Sequence[int], tokens: int, steps: int) -> int:
     """`train`, with the save at `tokens` not written before that many more steps are done; how many really were."""
     from yxanul_nemo.checkpoint.snapshot import HostSnapshot
-    from yxanul_nemo.training.module import PhaseModule
 
     ahead, done = threading.Event(), 0
-    write, step = HostSnapshot.write, PhaseModule.training_step
+    write = HostSnapshot.write
 
     def write_later(snapshot: HostSnapshot, folder: Path, rank: int) -> None:
         if f"tokens_{tokens:015d}" in folder.name:
             assert ahead.wait(60), "training waits for the save"
         write(snapshot, folder, rank)
 
-    def step_and_count(module: PhaseModule, batch: tuple, batch_index: int) -> None:
+    def count(trainer: Any) -> None:
         nonlocal done
-        step(module, batch, batch_index)
-        done += module.tokens_total > tokens and not ahead.is_set()
+        done += trainer.tokens_total > tokens and not ahead.is_set()
         if done == steps:
             ahead.set()
 
-    HostSnapshot.write, PhaseModule.training_step = write_later, step_and_count
-    train(config, phases)
+    HostSnapshot.write = write_later
+    train(config, phases, AfterStep(count))
     return done
 
 

@@ -223,8 +223,7 @@ def losses_of_documents(made, seq_len: int, means: list[int], device: str = "cud
     out = []
     for step, mean in enumerate(means):
         ids, labels = structured(step, seq_len, document_tokens=mean)
-        made.make_room(ids)
-        out.append(float(made.train_step(ids.to(device), labels.to(device), 1e-3, 1.0).loss))
+        out.append(float(made.train_step(ids, labels, 1e-3, 1.0).loss))
     return out
 
 

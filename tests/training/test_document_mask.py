@@ -1,4 +1,4 @@
-"""Training with attention inside documents: through a session, over a stop, and the room that a GPU's lists of documents have."""
+"""Training with attention inside documents: through training, over a stop, and the room that a GPU's lists of documents have."""
 
 import json
 import signal
@@ -14,15 +14,15 @@ MASK = "data.document_mask=true"
 
 
 def first_losses(config: RunConfig) -> tuple[float, float, float]:
-    """Loss of the first step that has several documents in a window: as a session trains it, of the documents alone, of whole windows."""
+    """Loss of the first step that has several documents in a window: as training takes it, of the documents alone, of whole windows."""
     import torch
 
     from yxanul_nemo.data.windows import PhaseBatches
-    from yxanul_nemo.training.session import PhaseSession
+    from yxanul_nemo.training.prepare import prepare_phase
 
-    session = PhaseSession(config, 1)
-    model, eos_id = session.backend.model, session.manifest.eos_id
-    batches = PhaseBatches(session.windows, session.layout, 0, 0, session.phase.steps)
+    prepared = prepare_phase(config, 1)
+    model, eos_id = prepared.backend.model, prepared.manifest.eos_id
+    batches = PhaseBatches(prepared.windows, prepared.layout, 0, 0, prepared.phase.steps)
     ids_ABT, labels_ABT = next(batch for batch in batches if (batch[0][..., 1:] == eos_id).any())
     with torch.no_grad():
         whole = model(ids_ABT.flatten(0, 1), labels_ABT.flatten(0, 1)).mean()
@@ -31,8 +31,7 @@ def first_losses(config: RunConfig) -> tuple[float, float, float]:
             for ids_T, labels_T in zip(ids_ABT.flatten(0, 1), labels_ABT.flatten(0, 1), strict=True)
             for first, end in spans(ids_T.tolist(), eos_id)
         )
-    session.backend.make_room(ids_ABT)
-    result = session.backend.train_step(ids_ABT, labels_ABT, 1e-3, 1.0)
+    result = prepared.backend.train_step(ids_ABT, labels_ABT, 1e-3, 1.0)
     return float(result.loss), float(alone / ids_ABT.numel()), float(whole)
 
 
@@ -41,7 +40,7 @@ def spans(row: list[int], eos_id: int) -> list[tuple[int, int]]:
     return list(zip(begins, [*begins[1:], len(row)], strict=True))
 
 
-def test_a_step_of_a_session_is_one_on_documents_alone(make_run: MakeRun) -> None:
+def test_a_step_is_one_on_documents_alone(make_run: MakeRun) -> None:
     trained, alone, whole = run_ranks(first_losses, 1, make_run(MASK, "model.init_std=0.5"))[0]
     assert abs(trained - alone) < 1e-5 * alone < abs(trained - whole)
     trained, _, whole = run_ranks(first_losses, 1, make_run("model.init_std=0.5"))[0]

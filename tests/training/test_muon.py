@@ -29,11 +29,12 @@ def config(*overrides: str) -> RunConfig:
 
 def backend(settings: RunConfig):
     from yxanul_nemo.model.build import build_model
-    from yxanul_nemo.training.make_backend import make_backend
+    from yxanul_nemo.training.build import make_backend
 
     model = build_model(settings.model, 301, settings.precision, settings.parallel, seed=5)
     made = make_backend(model, settings, settings.parallel.device)
-    made.prepare(4, 2, 16)
+    if settings.parallel.device == "cuda":
+        made.prepare(4, 2, 16)
     return made
 
 

@@ -24,7 +24,7 @@ from yxanul_nemo.machine.gpu_table import BY_KEY
 from yxanul_nemo.machine.runtime import outside_training
 from yxanul_nemo.plan.plan import make_plan
 from yxanul_nemo.training import precision_choice
-from yxanul_nemo.training.precision_choice import faster_of, formats_for
+from yxanul_nemo.training.precision_choice import formats_for, pick_faster_format
 
 RECIPE = ("recipe=yxanul_197m_h100", "parallel.micro_batch_tokens=32768")
 BOTH = ("fp8_hybrid", "bf16")
@@ -84,7 +84,7 @@ def test_shapes_that_fp8_cannot_multiply_are_bf16(fp8_machine: None) -> None:
     ("seconds", "chosen"), [((1.0, 2.0), "fp8_hybrid"), ((2.0, 1.0), "bf16"), ((1.0, float("inf")), "fp8_hybrid")]
 )
 def test_the_faster_format_is_taken(seconds: tuple[float, float], chosen: str, log: pytest.LogCaptureFixture) -> None:
-    assert faster_of(BOTH, 4096, lambda in_bf16: seconds[in_bf16], lambda number: number, 3) == chosen
+    assert pick_faster_format(BOTH, 4096, lambda in_bf16: seconds[in_bf16], lambda number: number, 3) == chosen
     assert f"phase 3 in {chosen}" in log.text and "4,096 tokens" in log.text
 
 
@@ -92,7 +92,7 @@ def test_the_slowest_rank_decides_on_all() -> None:
     """Here FP8 is the faster one, on another rank it is not."""
     others = iter([5.0, 3.0])
     slowest = lambda number: max(number, next(others))  # noqa: E731
-    assert faster_of(BOTH, 4096, lambda in_bf16: (1.0, 2.0)[in_bf16], slowest, 1) == "bf16"
+    assert pick_faster_format(BOTH, 4096, lambda in_bf16: (1.0, 2.0)[in_bf16], slowest, 1) == "bf16"
 
 
 def test_what_only_fp8_has_is_left_out_of_other_formats() -> None:

@@ -26,11 +26,11 @@ def records_of(devices_peak: float | None, speeds: list[float]) -> tuple[list[di
             "loss_nats_per_token": 5.0, "bits_per_byte": 2.0, "grad_norm": 0.5, "skipped_steps": steps - 1,
             "tokens_per_second": speed, "model_flops_per_second": speed * 20.0,
         }  # fmt: skip
-        module = SimpleNamespace(
+        state = SimpleNamespace(
             meter=SimpleNamespace(record=lambda figures=figures: dict(figures), skipped_updates=[]),
-            phase=phases[1], steps_done=steps, last_lr=1e-3, tokens_total=1000 + steps * 100,
+            phase=phases[1], steps_done=steps, last_lr=1e-3, tokens_total=1000 + steps * 100, loggers=[sink], callback_metrics={},
         )  # fmt: skip
-        recorder.record([sink], module)
+        recorder.record(state)
     return logged, shown
 
 

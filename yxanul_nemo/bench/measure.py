@@ -1,4 +1,4 @@
-"""One case, timed: the session's own backend, windows, loader and meter, in a loop of whole optimizer steps."""
+"""One case, timed: training's own backend, windows, reading and meter, in a loop of whole optimizer steps."""
 
 import itertools
 import statistics
@@ -19,7 +19,8 @@ from yxanul_nemo.machine.gpus import read_power_watts
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.training.backend import Backend, forget_backends
-from yxanul_nemo.training.make_backend import make_backend
+from yxanul_nemo.training.build import make_backend
+from yxanul_nemo.training.cuda_backend import CudaBackend
 from yxanul_nemo.training.metrics import StepMeter
 
 POWER_PERIOD_SECONDS = 0.25
@@ -68,7 +69,8 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
         config.model, vocab_size, case.precision, config.parallel, config.run.seed, seq_len=phase.seq_len
     )
     backend = make_backend(model, config, device, eos_id)
-    backend.prepare(case.micro_batch_size, case.accumulation, phase.seq_len)
+    if isinstance(backend, CudaBackend):
+        backend.prepare(case.micro_batch_size, case.accumulation, phase.seq_len)
     layout = BatchLayout(case.micro_batch_size, case.accumulation, parallel_state.get_data_parallel_world_size())
     rank = parallel_state.get_data_parallel_rank()
     last_step = bench.warmup_steps + bench.steps + 1
@@ -84,7 +86,7 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
         setup_seconds=setup_seconds,
         peak_memory_bytes=torch.cuda.max_memory_allocated() if device == "cuda" else None,
         power_watts=statistics.fmean(watts) if watts else None,
-        uses_graph=getattr(backend, "uses_graph", False),
+        uses_graph=isinstance(backend, CudaBackend) and backend.uses_graph,
         loss_nats_per_token=record["loss_nats_per_token"],
         kernels=steps.profile() if bench.profile else None,
     )
@@ -93,7 +95,7 @@ def measure(config: RunConfig, case: Case, windows: PhaseWindows, vocab_size: in
 
 
 class Steps:
-    """Optimizer steps as a training session takes them: a batch, the step, the meter's record every `logging.every_steps`."""
+    """Optimizer steps as the training loop takes them: a batch, the step, the meter's record every `logging.every_steps`."""
 
     def __init__(
         self, config: RunConfig, case: Case, backend: Backend, batches: Iterator, vocab_size: int, device: str
@@ -138,8 +140,6 @@ class Steps:
         began = time.perf_counter()
         ids_ABT, labels_ABT = next(self.batches)
         self.meter.data_wait_seconds += time.perf_counter() - began
-        self.backend.make_room(ids_ABT)
-        ids_ABT, labels_ABT = (x.to(self.device, non_blocking=True) for x in (ids_ABT, labels_ABT))
         phase = self.case.phase
         result = self.backend.train_step(ids_ABT, labels_ABT, self.lr, phase.grad_clip)
         self.meter.add(phase.tokens_per_step, result.loss, result.grad_norm, result.applied)

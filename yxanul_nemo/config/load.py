@@ -22,8 +22,8 @@ from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.stored import Problem, first_problem
 from yxanul_nemo.unpacking.safe_config import read_plain
 
-OF_ONE_COMMAND = {"from_", "prompt"}
-"""Fields that say nothing of a run."""
+REQUEST_ONLY_FIELDS = {"from_", "prompt", "callbacks"}
+"""Fields that belong to one command and are not stored with a run. Callbacks name code: who writes a file must not choose what is run."""
 FILE_WIDTH = 120
 """Longest line of a configuration's file, where its values allow it."""
 RETIRED_KEYS = ("parallel.overlap_gradients", "plan.overlap", "plan.scale_to", "checkpoint.allow_mismatch")
@@ -90,10 +90,11 @@ def parse(composed: DictConfig | Mapping[str, Any]) -> RunConfig:
 def load_run_config(path: Path) -> RunConfig:
     """Read the resolved `config.yaml` that the launcher keeps in a run's folder, which somebody else may have made.
 
-    `${...}` in it stays as it stands: the values of this process's environment are none of the file's business.
+    `${...}` in it stays as it stands: the values of this process's environment are none of the file's business. Nor may it name
+    callbacks, which are code.
 
     Raises:
-        UserError: it is absent, no plain YAML, or `parse` refuses it.
+        UserError: it is absent, no plain YAML, names callbacks, or `parse` refuses it.
     """
     if not path.is_file():
         raise UserError(
@@ -104,6 +105,13 @@ def load_run_config(path: Path) -> RunConfig:
         for section, _, key in (retired.partition(".") for retired in RETIRED_KEYS):
             if isinstance(loaded.get(section), dict):
                 loaded[section].pop(key, None)
+        if loaded.get("callbacks"):
+            raise UserError(
+                "callbacks",
+                f"names code, {loaded['callbacks']}, which is not taken from a stored configuration",
+                "none",
+                "Take the key out of the file, and give callbacks=[...] on the command line or in a recipe.",
+            )
         return parse(loaded)
     except UserError as error:
         if error.where == str(path):
@@ -113,7 +121,7 @@ def load_run_config(path: Path) -> RunConfig:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration as YAML that `load_run_config` reads back to an equal one."""
-    plain = config.model_dump(mode="json", exclude=OF_ONE_COMMAND)
+    plain = config.model_dump(mode="json", exclude=REQUEST_ONLY_FIELDS)
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=FILE_WIDTH)
 
 

@@ -65,6 +65,9 @@ class RunConfig(Section):
     """Beginning of the text that stage=generate writes."""
     phases: str | int | None = Field(default=None)
     """Phases that `stage=train` runs, counted from 1: `3`, `3-5`; unset: all."""
+    callbacks: list[str] = Field(default_factory=list)
+    """Callbacks of your own for training, each by the path to import it by, as in `callbacks=[my_module.Watcher]`: a class with methods
+    that are named as Lightning's hooks (docs/callbacks.md). Taken from a recipe or the command line alone; no file of a run holds it."""
     runs: list[PathValue] = Field(default_factory=list)
     """Folders of runs that `stage=report` compares and `stage=status` lists, or globs such as `runs/*`; empty: `run.dir`."""
     allow: list[str] = Field(default_factory=list)

@@ -2,13 +2,12 @@
 
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 
 from data_prep.corpus.indexed import IndexedTokens
 from data_prep.corpus.manifest import CorpusManifest
@@ -145,7 +144,7 @@ class PhaseWindows:
         return later[0].first_window if later else sys.maxsize
 
 
-class PhaseBatches(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
+class PhaseBatches:
     """The steps `first_step` .. `last_step` - 1 of a phase, as one rank sees them.
 
     Yields pairs (ids_ABT, labels_ABT) of int64 tensors [accumulation, micro_batch_size, seq_len], read in a thread while earlier
@@ -173,7 +172,7 @@ class PhaseBatches(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return self.last_step - self.first_step
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def __iter__(self) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
         yield from read_ahead(map(self.batch, range(self.first_step, self.last_step)), STEPS_AHEAD)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:

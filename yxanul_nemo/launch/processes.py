@@ -124,13 +124,14 @@ class Workers:
             _end(process)
 
     def _start(self, task: Task) -> subprocess.Popen:
-        run_dir, ranks = str(self._config.run.dir), self._ranks(task)
+        ranks = self._ranks(task)
+        worker = [str(self._config.run.dir), *(f"--callback={path}" for path in self._config.callbacks)]
         if self._in_job:
-            command = [*srun_command(self._config, process_count(self._config), ranks), run_dir, task.name]
+            command = [*srun_command(self._config, process_count(self._config), ranks), *worker, task.name]
         elif ranks > 1:
-            command = [sys.executable, "-m", RANKS, str(ranks), run_dir]
+            command = [sys.executable, "-m", RANKS, str(ranks), *worker]
         else:
-            command = [sys.executable, "-m", WORKER, run_dir]
+            command = [sys.executable, "-m", WORKER, *worker]
         threads = threads_per_process(self._config, min(ranks, process_count(self._config)))
         launcher = os.getpid()
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The ranks of a run on this machine: `python -m yxanul_nemo.launch.ranks RANKS RUN_DIR`.
+"""The ranks of a run on this machine: `python -m yxanul_nemo.launch.ranks RANKS RUN_DIR [--callback PATH]...`.
 
 Each rank is a worker process, which learns its place in the words of torchrun and is told every task that this process reads on its
 standard input. torchrun itself would import torch before it starts the ranks, and lets all of them read from one standard input.
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 
 from yxanul_nemo.launch.processes import WORKER, end_with_parent
 from yxanul_nemo.machine.surroundings import free_port
@@ -20,7 +21,7 @@ GRACE_SECONDS = 30
 
 def main() -> int:
     """Exit code: 0, or that of the rank that failed first (a signal as 128 + N)."""
-    ranks = Ranks(int(sys.argv[1]), sys.argv[2])
+    ranks = Ranks(int(sys.argv[1]), sys.argv[2:])
     signal.signal(signal.SIGTERM, lambda number, frame: ranks.send(signal.SIGTERM))
     signal.signal(signal.SIGALRM, lambda number, frame: ranks.send(signal.SIGKILL))
     threading.Thread(target=ranks.pass_on, daemon=True).start()
@@ -28,9 +29,13 @@ def main() -> int:
 
 
 class Ranks:
-    """A worker process for each rank; when one fails, the others are ended."""
+    """A worker process for each rank; when one fails, the others are ended.
 
-    def __init__(self, count: int, run_dir: str):
+    Args:
+        arguments: of each worker.
+    """
+
+    def __init__(self, count: int, arguments: Sequence[str]):
         shared = {
             "WORLD_SIZE": count,
             "LOCAL_WORLD_SIZE": count,
@@ -40,7 +45,7 @@ class Ranks:
         parent = os.getpid()
         self._processes = [
             subprocess.Popen(
-                [sys.executable, "-m", WORKER, run_dir],
+                [sys.executable, "-m", WORKER, *arguments],
                 stdin=subprocess.PIPE,
                 env=os.environ | {name: str(value) for name, value in (shared | {"RANK": i, "LOCAL_RANK": i}).items()},
                 # The run's lock is to be held as long as any rank lives.

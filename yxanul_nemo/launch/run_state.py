@@ -10,6 +10,7 @@ from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.record import is_exported
 from yxanul_nemo.launch.tasks import Task
 from yxanul_nemo.plan.needs import check_formats, check_tokenizer, check_trackers
+from yxanul_nemo.user_callbacks import check_callbacks
 from yxanul_nemo.validation.files import check_domain_files, check_heldout
 from yxanul_nemo.validation.record import early_stop_tokens, find_result, read_tokens
 
@@ -76,6 +77,7 @@ class RunState:
             check_domain_files(self.config.validation, are_to_come=self.config.cluster.dry_run)
         if any(task.kind == "train" for task in todo):
             check_trackers(self.config.logging)
+            check_callbacks(self.config.callbacks)
         if any(task.kind == "export" for task in todo):
             check_formats(self.config.export)
             _check_keeps_formats(self.config)

@@ -1,4 +1,4 @@
-"""A process for the tasks of a run: `python -m yxanul_nemo.launch.worker RUN_DIR [TASK]`.
+"""A process for the tasks of a run: `python -m yxanul_nemo.launch.worker RUN_DIR [TASK] [--callback PATH]...`.
 
 With a TASK (phase-01, validate, export) it does that one. Without, it imports what tasks need, touching neither GPU nor files, and
 does those that are named on its standard input, one after another, until one fails. Each begins from what is committed, whatever this
@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from yxanul_nemo.log import configure_logging, quiet_libraries
 from yxanul_nemo.machine.gpus import rank_and_processes
 from yxanul_nemo.run_folder import RunFolder
 from yxanul_nemo.streams import outlive_reader, say
+from yxanul_nemo.user_callbacks import load_callbacks
 
 
 def main() -> int:
@@ -35,20 +36,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("task", nargs="?")
+    parser.add_argument("--callback", action="append", default=[], help="import path of a training callback")
     arguments = parser.parse_args()
     end_with_parent(os.getppid())
     outlive_reader(RunFolder(arguments.run_dir).log(arguments.task) if arguments.task else None)
     # What all ranks do alike is said by the first one.
     configure_logging(level=logging.WARNING if rank_and_processes()[0] else logging.INFO)
     quiet_libraries()
-    import yxanul_nemo.training.session  # noqa: F401 - most of the time that a short task takes
+    import yxanul_nemo.training.loop  # noqa: F401 - most of the time that a short task takes
 
     quiet_libraries()
     code = 0
     for name in [arguments.task] if arguments.task else sys.stdin:
         task = Task.named(name.strip())
         outlive_reader(RunFolder(arguments.run_dir).log(task.name))
-        code = do(arguments.run_dir, task)
+        code = do(arguments.run_dir, task, arguments.callback)
         if code:
             return code
     # NCCL complains of processes that end without; after a failure it would wait for the other ranks.
@@ -58,10 +60,27 @@ def main() -> int:
     return code
 
 
-def do(run_dir: Path, task: Task) -> int:
-    """Do a task, with its begin and end told; returns the exit code, 0 if the process is as ready for the next one as a new one."""
+def do(run_dir: Path, task: Task, callbacks: Sequence[str]) -> int:
+    """Do a task, with its begin and end told; returns the exit code, 0 if the process is as ready for the next one as a new one.
+
+    Args:
+        callbacks: import paths of the user's callbacks, which no file of the run holds.
+    """
     try:
-        run(load_run_config(RunFolder(run_dir).config), task)
+        config = load_run_config(RunFolder(run_dir).config)
+        if task.kind == "train":
+            from yxanul_nemo.training.loop import train_phase
+            from yxanul_nemo.training.prepare import prepare_phase
+            from yxanul_nemo.training.signals import StopRequest
+
+            stop = StopRequest()
+            stop.install()
+            tell(f"begin {os.getpid()}")
+            made = load_callbacks(callbacks)
+            train_phase(prepare_phase(config, task.phase), stop, tell_progress, made)
+        else:
+            tell(f"begin {os.getpid()}")
+            use_checkpoint(config, task)
         become_idle()
         code = 0
     except UserError as error:
@@ -101,18 +120,8 @@ def tell_progress(line: str, progress: Mapping[str, Any]) -> None:
     say(shown, CONTROL + b"progress " + json.dumps(finite).encode())
 
 
-def run(config: RunConfig, task: Task) -> None:
-    """Do the task."""
-    if task.kind == "train":
-        from yxanul_nemo.training.session import PhaseSession
-        from yxanul_nemo.training.signals import StopRequest
-
-        stop = StopRequest()
-        stop.install()
-        tell(f"begin {os.getpid()}")
-        PhaseSession(config, task.phase, tell_progress).run(stop)
-        return
-    tell(f"begin {os.getpid()}")
+def use_checkpoint(config: RunConfig, task: Task) -> None:
+    """Do a task that trains nothing: validate or export."""
     if task.kind == "validate":
         from yxanul_nemo.validation.stage import validate_checkpoint
 

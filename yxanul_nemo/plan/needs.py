@@ -10,6 +10,7 @@ from yxanul_nemo.config.outputs import ExportConfig, LoggingConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.user_callbacks import check_callbacks
 from yxanul_nemo.validation.files import check_domain_files
 
 
@@ -32,6 +33,7 @@ def missing_needs(config: RunConfig) -> list[UserError]:
         check_data,
         lambda run: check_domain_files(run.validation, are_to_come=True),
         lambda run: check_trackers(run.logging),
+        lambda run: check_callbacks(run.callbacks),
         lambda run: check_formats(run.export),
     ]
     missing = []

@@ -1,8 +1,9 @@
 """Interface between training and the device it runs on."""
 
 import gc
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,45 +25,45 @@ class StepResult:
     """False if the guard skipped the update, scalar."""
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """One rank's model and optimizer on one kind of device."""
 
     model: YxanulGPT
     guard: UpdateGuard
 
-    def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
-        """Warm up for this shape (a CUDA graph is captured here). Called once, before a checkpoint's state is loaded."""
-
-    def make_room(self, ids_ABT: Tensor) -> None:
-        """Called with every step's token ids while they are still on the host: where documents are masked and listed for a CUDA graph,
-        there must be room for them all."""
-
+    @abstractmethod
     def train_step(
-        self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
+        self,
+        ids_ABT: Tensor,
+        labels_ABT: Tensor,
+        lr: float,
+        grad_clip: float,
+        in_bf16: bool = False,
+        begins_fp8: bool = False,
     ) -> StepResult:
-        """One optimizer step over accumulated micro-batches [accumulation, micro_batch_size, seq_len].
+        """Do one optimizer step over this rank's accumulated micro-batches [accumulation, micro_batch_size, seq_len].
 
         Args:
+            ids_ABT: on the host as it was read, so that nothing waits for the device.
+            labels_ABT: the token after each, likewise.
             in_bf16: leave FP8 out of this step, where the precision has it.
+            begins_fp8: FP8 takes over from BF16 at this step: take its delayed scales from this batch first.
         """
 
-    def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
-        """Take FP8's delayed scales from a batch, without an update: for the step at which FP8 takes over from BF16."""
-
-    def seconds_per_micro_batch(self, in_bf16: bool) -> float:
-        """Median time of forward and backward of a prepared micro-batch; infinite if memory runs out. Changes no state of the training.
-
-        Called between `prepare` and the first step, where there is a choice (`precision=auto`).
-        """
-
+    @abstractmethod
     def sharded_state(self) -> dict[str, Any]:
-        """Everything that a resumed run needs to go on bit by bit, as Megatron-core's sharded tensors over live storage."""
+        """Return everything that a resumed run needs to go on bit by bit, as Megatron-core's sharded tensors over live storage."""
 
-    def after_load(self) -> None:
-        """Called when the tensors of `sharded_state` have been overwritten by a checkpoint's."""
+    @abstractmethod
+    def after_load(self, lacks_fp8_scales: bool = False) -> None:
+        """Bring what is derived from the state in line with it, after the tensors of `sharded_state` were overwritten by a checkpoint's.
 
-    def close(self) -> None:
-        """The end of training; must be called before ranks part."""
+        Args:
+            lacks_fp8_scales: the checkpoint had no FP8 scales for these layers; take them from passes with its weights.
+        """
+
+    def close(self) -> None:  # noqa: B027 - a default, not a duty
+        """Give back what ranks hold together, before they part. A backend that holds nothing of the kind has nothing to do."""
 
 
 def forget_backends(device: str) -> None:

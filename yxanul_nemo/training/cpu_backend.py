@@ -11,13 +11,13 @@ from torch import Tensor
 from yxanul_nemo.config.training import GuardsConfig, OptimConfig, ParallelConfig
 from yxanul_nemo.model.documents import Documents
 from yxanul_nemo.model.gpt import YxanulGPT
-from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.backend import Backend, StepResult
 from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamOptimizer
 
 
-class CpuBackend:
-    """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
+class CpuBackend(Backend):
+    """One rank's model and optimizer on CPUs."""
 
     def __init__(
         self,
@@ -40,17 +40,17 @@ class CpuBackend:
         )
         self.flat = self.optimizer.flat
 
-    def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
-        """Nothing to warm up."""
-
-    def make_room(self, ids_ABT: Tensor) -> None:
-        """A CPU has no lists of documents."""
-
     def train_step(
-        self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
+        self,
+        ids_ABT: Tensor,
+        labels_ABT: Tensor,
+        lr: float,
+        grad_clip: float,
+        in_bf16: bool = False,
+        begins_fp8: bool = False,
     ) -> StepResult:
-        """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
-        assert not in_bf16, "a CPU has no FP8 to leave out"
+        """Do one optimizer step; see `Backend.train_step`."""
+        assert not (in_bf16 or begins_fp8), "a CPU has no FP8"
         self.model.train()
         self.flat.zero_grads()
         loss_sum = torch.zeros((), dtype=torch.float64)
@@ -65,20 +65,11 @@ class CpuBackend:
         norm, applied = self.optimizer.step(lr, grad_clip, partial(self.guard.admits, loss))
         return StepResult(loss=loss, grad_norm=norm, applied=applied)
 
-    def calibrate(self, ids_ABT: Tensor, labels_ABT: Tensor) -> None:
-        """A CPU has no scales."""
-
-    def seconds_per_micro_batch(self, in_bf16: bool) -> float:
-        """A CPU has one number format, so that nothing is to be chosen."""
-        raise AssertionError("a CPU has no FP8 to compare with")
-
     def sharded_state(self) -> dict[str, Any]:
-        """Weights, optimizer and guard, as views that a checkpoint's tensors can be copied into."""
+        """Return weights, optimizer and guard, as views that a checkpoint's tensors can be copied into."""
         return self.optimizer.sharded_state(self.model.sharded_state_dict()) | self.guard.sharded_state()
 
-    def after_load(self) -> None:
+    def after_load(self, lacks_fp8_scales: bool = False) -> None:
         """Bring what is derived from the loaded state in line with it."""
+        assert not lacks_fp8_scales, "a CPU has no FP8"
         self.optimizer.after_load()
-
-    def close(self) -> None:
-        """A CPU holds on to nothing."""

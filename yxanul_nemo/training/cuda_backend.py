@@ -22,7 +22,7 @@ from yxanul_nemo.model.context import WindowSlices
 from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, Documents, count_documents
 from yxanul_nemo.model.fp8_state import scaling_state_kept, sharded_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
-from yxanul_nemo.training.backend import StepResult
+from yxanul_nemo.training.backend import Backend, StepResult
 from yxanul_nemo.training.document_room import DocumentRoom
 from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamOptimizer
@@ -33,8 +33,8 @@ WARMUP_PASSES = 3
 TIMED_PASSES = 10
 
 
-class CudaBackend:
-    """One rank's model and optimizer; see `training.backend.Backend` for the contract."""
+class CudaBackend(Backend):
+    """One rank's model and optimizer on its GPU."""
 
     def __init__(self, model: YxanulGPT, config: RunConfig, documents: Documents | None = None):
         self.model, self.documents, self.precision = model, documents, config.precision
@@ -65,12 +65,13 @@ class CudaBackend:
         return self.graph is not None
 
     def prepare(self, micro_batch_size: int, accumulation: int, seq_len: int) -> None:
-        """Warm up on random tokens, so that lazily made state exists when a checkpoint is loaded.
+        """Warm up on random tokens, so that lazily made state exists when a checkpoint is loaded; must come before anything else.
 
         FP8's delayed scales start from these passes, whose gradients have the size of real ones. Raises UserError if this GPU cannot keep
         attention inside documents at this length.
         """
         self.model.train()
+        self.prepared_for = micro_batch_size, accumulation, seq_len
         shape = (micro_batch_size, seq_len)
         self.ids_BT, self.labels_BT = (
             self.slices.take(torch.randint(0, self.model.real_vocab_size, shape, device="cuda")) for _ in range(2)
@@ -102,9 +103,19 @@ class CudaBackend:
                 self._forward_backward()
 
     def train_step(
-        self, ids_ABT: Tensor, labels_ABT: Tensor, lr: float, grad_clip: float, in_bf16: bool = False
+        self,
+        ids_ABT: Tensor,
+        labels_ABT: Tensor,
+        lr: float,
+        grad_clip: float,
+        in_bf16: bool = False,
+        begins_fp8: bool = False,
     ) -> StepResult:
-        """One optimizer step over the accumulated micro-batches of this rank [accumulation, micro_batch_size, seq_len]."""
+        """Do one optimizer step; see `Backend.train_step`. The tensors may be on the GPU already, which then waits for the host."""
+        self.make_room(ids_ABT)
+        ids_ABT, labels_ABT = (x.to(self.ids_BT.device, non_blocking=True) for x in (ids_ABT, labels_ABT))
+        if begins_fp8:
+            self.calibrate(ids_ABT, labels_ABT)
         self._use_fp8(self.is_fp8 and not in_bf16)
         if self.use_graph and self.graph is None:
             self._capture_micro_batch()
@@ -171,9 +182,11 @@ class CudaBackend:
         state = self.optimizer.sharded_state(self.model.sharded_state_dict()) | self.guard.sharded_state()
         return state | (sharded_fp8_state(self.model) if self.is_fp8 else {})
 
-    def after_load(self) -> None:
+    def after_load(self, lacks_fp8_scales: bool = False) -> None:
         """Bring what is derived from the loaded state in line with it."""
         self.optimizer.after_load()
+        if lacks_fp8_scales:
+            self.prepare(*self.prepared_for)
 
     def close(self) -> None:
         """Give the graphs back: NCCL waits, when ranks part, for those that it is part of."""
@@ -223,8 +236,8 @@ class CudaBackend:
     def _capture_micro_batch(self) -> None:
         """Record forward and backward of a micro-batch.
 
-        It is done at the first step and not before: whoever empties the allocator's cache in between (Lightning does at the
-        start of fit) must not meet memory that a graph refers to.
+        It is done at the first step and not before: until then `training.loop` has emptied the allocator's cache, from which a graph
+        could take nothing while it is captured, and which must not be emptied of memory that a graph refers to.
         """
         # What is made at its first use, such as ranks' links, cannot be recorded. An update whose loss is no number changes nothing, and
         # the gradients, left over from warming up, are zeroed next.

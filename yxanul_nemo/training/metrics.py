@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +61,13 @@ class StepMeter:
         self._skipped_in_a_row = (self._skipped_in_a_row + 1) * (~applied).long()
         self.grad_norm = grad_norm
         self._steps_3.append(torch.stack((loss.double(), grad_norm.double(), applied.double())))
+
+    @contextmanager
+    def waiting_for_save(self) -> Iterator[None]:
+        """Count the time of the block as one of saving, not of training."""
+        began = time.perf_counter()
+        yield
+        self.pause(time.perf_counter() - began)
 
     def pause(self, seconds: float, validating: bool = False) -> None:
         """Leave out time that was just spent waiting for a checkpoint, which is recorded on its own, or on a validation, which is too."""

@@ -19,7 +19,7 @@ def gpu_memory_bytes(device: str) -> int | None:
 def fit_batch(
     phase: Phase,
     data_parallel: int,
-    most_tokens: int,
+    max_micro_batch_tokens: int,
     token_multiple: int,
     prepare: Callable[[int, int, int], None],
     any_rank: Callable[[bool], bool],
@@ -29,14 +29,14 @@ def fit_batch(
     Running out of memory halves the micro-batch, and the accumulation grows: `tokens_per_step` stays what the recipe promises.
 
     Args:
-        most_tokens: of a micro-batch, to begin with.
+        max_micro_batch_tokens: largest micro-batch of a rank, to begin with.
         any_rank: whether a flag is set on any rank.
 
     Raises:
         UserError: not one window fits, or a step cannot be split.
     """
     while True:
-        size, accumulation = batch_layout(phase, data_parallel, most_tokens, token_multiple)
+        size, accumulation = batch_layout(phase, data_parallel, max_micro_batch_tokens, token_multiple)
         is_short = False
         try:
             prepare(size, accumulation, phase.seq_len)
@@ -53,7 +53,7 @@ def fit_batch(
                 f"one window of {phase.seq_len} tokens does not fit into the GPU's memory",
                 "a smaller model, or more tensor-parallel ranks",
             )
-        most_tokens = size * phase.seq_len // 2
+        max_micro_batch_tokens = size * phase.seq_len // 2
         logger.warning(
             "phase %d: out of memory with micro-batches of %d x %d tokens, trying half of it",
             phase.number,

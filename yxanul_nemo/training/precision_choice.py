@@ -12,19 +12,19 @@ from yxanul_nemo.machine.runtime import formats_of
 
 
 def formats_for(
-    config: RunConfig, phase: Phase, under_way: PhaseRecord | None, data_parallel: int, device: str
+    config: RunConfig, phase: Phase, record: PhaseRecord | None, data_parallel: int, device: str
 ) -> tuple[NumberFormat, ...]:
     """The format that a phase is to be trained in, or those to choose from, FP8 first.
 
     Args:
         config: `parallel.micro_batch_tokens` is a number.
-        under_way: the ledger's record of this phase if it was begun; its format is kept where the machine has it.
+        record: the ledger's record of this phase if it was begun; its format is kept where the machine has it.
     """
     formats = formats_of(config.precision, config.parallel, device)
     if len(formats) == 1:
         return formats
-    if under_way is not None and under_way.precision in formats:
-        return (under_way.precision,)
+    if record is not None and record.precision in formats:
+        return (record.precision,)
     reason = _why_not_fp8(config, phase, formats[0], data_parallel)
     if reason is None:
         return formats
@@ -32,7 +32,7 @@ def formats_for(
     return formats[-1:]
 
 
-def faster_of(
+def pick_faster_format(
     formats: tuple[NumberFormat, NumberFormat],
     micro_batch_tokens: int,
     seconds_per_micro_batch: Callable[[bool], float],
@@ -42,7 +42,7 @@ def faster_of(
     """The format, of FP8 and BF16 in this order, whose forward and backward of a micro-batch take less time; the same on all ranks.
 
     Args:
-        seconds_per_micro_batch: by whether FP8 is left out (`Backend.seconds_per_micro_batch`).
+        seconds_per_micro_batch: by whether FP8 is left out (`CudaBackend.seconds_per_micro_batch`).
         slowest_of_ranks: the largest of all ranks' numbers.
     """
     seconds = [slowest_of_ranks(seconds_per_micro_batch(in_bf16)) for in_bf16 in (False, True)]

@@ -1,4 +1,4 @@
-"""What a job runs: `python -m yxanul_nemo.launch.slurm.job RUN_DIR TASK [--after TASK]`.
+"""What a job runs: `python -m yxanul_nemo.launch.slurm.job RUN_DIR TASK [--after TASK] [--callback PATH]...`.
 
 The stage that the task is, by the configuration that was kept when the chain was submitted; then a note of how it ended,
 for `stage=status`, and, if the job was told to stop before it was through, back into the queue.
@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,9 +37,11 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("task")
     parser.add_argument("--after")
+    parser.add_argument("--callback", action="append", default=[], help="import path of a training callback")
     arguments = parser.parse_args()
     outlive_reader()
-    job = RunningJob(arguments.run_dir, Task.named(arguments.task), int(os.environ["SLURM_JOB_ID"]))
+    task, job_id = Task.named(arguments.task), int(os.environ["SLURM_JOB_ID"])
+    job = RunningJob(arguments.run_dir, task, job_id, arguments.callback)
     try:
         config = job.load()
         job.note("running")
@@ -63,6 +66,8 @@ class RunningJob:
     run_dir: Path
     task: Task
     job_id: int
+    callbacks: Sequence[str] = ()
+    """Import paths of the user's callbacks, which no file of the run holds."""
     config: RunConfig | None = None
 
     def load(self) -> RunConfig:
@@ -70,6 +75,7 @@ class RunningJob:
         config = load_run_config(RunFolder(self.run_dir).slurm_config)
         train = self.task.kind == "train"
         choice = {"stage": ["train" if train else self.task.kind], "phases": self.task.phase if train else None}
+        choice["callbacks"] = list(self.callbacks)
         self.config = config.model_copy(update=choice)
         return self.config
 

@@ -45,6 +45,8 @@ def render(config: RunConfig, task: Task, after: Task | None) -> str:
     command = [sys.executable, "-m", JOB_MODULE, str(config.run.dir), task.name]
     if after is not None:
         command += ["--after", after.name]
+    if task.kind == "train":
+        command += [f"--callback={path}" for path in config.callbacks]
     lines += [
         "# exec: Slurm's signal goes to this process, and so to the launcher, which passes it on to the ranks that srun starts.",
         f"exec {shlex.join(command)}",

@@ -174,6 +174,14 @@ def test_a_configuration_of_an_earlier_version_is_read_and_a_command_line_like_i
             parse(compose([f"+{key}=1"]))
 
 
+def test_callbacks_are_not_stored_and_a_stored_one_is_refused(tmp_path: Path) -> None:
+    stored = to_yaml(parse(compose(["callbacks=[my_module.Watcher]"])))
+    assert "callbacks" not in stored
+    (tmp_path / "config.yaml").write_text(f"{stored}callbacks: [os.abort]\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"config\.yaml \(callbacks\): names code, \['os\.abort'\]"):
+        load_run_config(tmp_path / "config.yaml")
+
+
 @pytest.mark.parametrize("content", [b"", b"[1, 2]", b"a: [", b"\xff\xfe", b"run: 3"])
 def test_a_damaged_configuration_is_a_user_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.yaml").write_bytes(content)

@@ -71,6 +71,10 @@ def test_a_phase_asks_for_all_nodes_and_the_data_stage_for_one_without_gpus(
     assert {"--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=h100:1", "--time=04:00:00"} <= lines(export)
     command = f"exec {sys.executable} -m yxanul_nemo.launch.slurm.job {tmp_path}/run phase-03 --after phase-02"
     assert command in render(config, Task.named("phase-03"), Task.named("phase-02")).splitlines()
+    watched = config.model_copy(update={"callbacks": ["tests.watching.Watcher"]})
+    with_callback = render(watched, Task.named("phase-03"), Task.named("phase-02")).splitlines()
+    assert f"{command} --callback=tests.watching.Watcher" in with_callback
+    assert not any("--callback" in line for line in render(watched, Task("export"), None).splitlines())
 
 
 def test_what_is_not_chosen_is_not_asked_for(make_config: Callable[..., RunConfig]) -> None:

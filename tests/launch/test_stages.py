@@ -69,6 +69,11 @@ def test_a_task_is_read_back_from_its_name(task: Task) -> None:
     [
         (["--help"], 0, "python launcher.py recipe=NAME stage=STAGE"),
         (["optim.lrate=1"], 2, r"error: optim\.lrate: no such key.*Did you mean 'optim\.lr'\?"),
+        (
+            ["callbacks=[tests.watching.Hookless]", "stage=train"],
+            2,
+            "error: callbacks: tests.watching.Hookless has none of",
+        ),
         (["stage=trian"], 2, r"error: stage: no stage 'trian'.*Did you mean 'train'\?"),
         (["stage=train"], 2, r"error: \S+/data/manifest\.json: does not exist.*python launcher\.py stage=data"),
         (["stage=[export]"], 2, r"error: \S+/checkpoints: holds no checkpoint.*python launcher\.py stage=train"),
@@ -139,6 +144,7 @@ def test_an_early_stop_ends_training_and_the_chain_goes_on(run_dir: Path) -> Non
         "validation.every_tokens=1024",
         "validation.early_stop_patience=1",
         "validation.early_stop_min_improvement=50",
+        "callbacks=[tests.watching.Watcher]",
     )
     for first in (True, False):
         done = launch("stage=[train,validate]", f"run.dir={run_dir}", *settings)
@@ -148,6 +154,9 @@ def test_an_early_stop_ends_training_and_the_chain_goes_on(run_dir: Path) -> Non
         assert names == ["tokens_000000000002048"], "the second validation inside the phase ended it"
         assert (run_dir / "validation" / f"{names[0]}.json").is_file()
         assert names[0] in (run_dir / "checkpoints" / "best").read_text()
+        assert "callbacks" not in (run_dir / "config.yaml").read_text()
+        calls = [json.loads(line) for line in (run_dir / "calls.jsonl").read_text().splitlines()]
+        assert [call["tokens"] for call in calls if call["hook"] == "on_save_checkpoint"] == [2048]
         if first:
             assert "stopped by early stop (mean_bits_per_byte did not improve 1 times) at 2,048 tokens" in done.stdout
         else:

@@ -120,5 +120,7 @@ def test_what_is_no_callback_is_refused(path: str, problem: str) -> None:
 def test_a_module_that_fails_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_broken_callbacks.py").write_text("class Watcher:\n    width = 1 / 0\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^callbacks: my_broken_callbacks\.Watcher cannot be imported: division by zero"):
+    with pytest.raises(
+        UserError, match=r"^callbacks: my_broken_callbacks\.Watcher cannot be imported: division by zero"
+    ):
         check_callbacks(["my_broken_callbacks.Watcher"])

@@ -214,7 +214,7 @@ def test_a_hanging_rank_is_ended_with_the_stacks_of_all(make_run: MakeRun, tmp_p
     shown = [(tmp_path / f"{rank}").read_text() for rank in range(2)]
     for text in shown:
         assert_matches(
-            text, r"rank \d: no step for 0\.\d minutes \(guards\.hang_minutes\).*Current thread.*in step_and_hang"
+            text, r"rank \d: no step for 0\.\d minutes \(guards\.hang_minutes\).*Current thread.*in train_and_hang"
         )
     assert "in reduce_scatter_tensor" in shown[0] and "in reduce_scatter_tensor" not in shown[1], shown
     assert newest(config).tokens == 2048

@@ -39,7 +39,7 @@ class Stopped(Exception):
     """The run was asked to stop. `exit_code` is 0 for a scheduler's signal, and the shell's 130 for Ctrl-C, 129 for a closed terminal."""
 
     def __init__(self, where: str, received: signal.Signals | None):
-        name = received.name if received is not None else "a signal to its worker"
+        name = received.name if received is not None else "a signal to its worker or a callback"
         super().__init__(f"stopped by {name} in {where} Repeat the command to go on.")
         self.exit_code = 128 + received if received in BY_HAND else 0
 

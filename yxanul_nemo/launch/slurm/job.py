@@ -41,7 +41,7 @@ def main() -> int:
     arguments = parser.parse_args()
     outlive_reader()
     task, job_id = Task.named(arguments.task), int(os.environ["SLURM_JOB_ID"])
-    job = RunningJob(arguments.run_dir, task, job_id, arguments.callback)
+    job = RunningJob(arguments.run_dir, task, job_id, callbacks=arguments.callback)
     try:
         config = job.load()
         job.note("running")
@@ -66,9 +66,9 @@ class RunningJob:
     run_dir: Path
     task: Task
     job_id: int
+    config: RunConfig | None = None
     callbacks: Sequence[str] = ()
     """Import paths of the user's callbacks, which no file of the run holds."""
-    config: RunConfig | None = None
 
     def load(self) -> RunConfig:
         """The chain's configuration, with the stage that this job is for."""

@@ -119,6 +119,7 @@ CHANGES: dict[str, Change] = {
     "from": "free",
     "prompt": "free",
     "phases": "free",
+    "callbacks": "free",
     "runs": "free",
     "allow": "free",
 }

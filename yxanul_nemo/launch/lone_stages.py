@@ -105,10 +105,11 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
 
 def _require_paths(config: RunConfig, name: str) -> None:
     """Refuse paths that do not exist, before what takes long to import."""
-    for source in config.sources:
+    # `branch` names a checkpoint as RUN@TOKENS.
+    for source in config.sources if name != "branch" else []:
         if not source.exists():
             raise UserError("from", f"{source} does not exist", MODEL_SOURCES)
-    for run in config.runs:
+    for run in config.run_folders:
         if not run.is_dir():
             raise UserError("runs", f"{run} does not exist", "folders of runs")
     needs_corpus = any(domain.source is not None for domain in config.validation.domains.values())

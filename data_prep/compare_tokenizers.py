@@ -209,7 +209,7 @@ def _heldout(sources: Mapping[str, SourceConfig], fraction: float) -> Iterator[s
     for name, source in sources.items():
         if source.ids_column is not None:
             continue
-        for shard in resolve_shards(source.path, f"data.sources.{name}.path"):
+        for shard in resolve_shards(source.files, f"data.sources.{name}.path"):
             with open_shard(shard, source.text_column) as reader:
                 for batch in reader.batches():
                     for text, raw in zip(batch.texts, batch.raw_texts, strict=True):

@@ -80,7 +80,7 @@ def training_texts(
 
 def _train_documents(name: str, source: SourceConfig, heldout_fraction: float) -> Iterator[tuple[str, int]]:
     """Text and size in bytes of a source's documents, held-out ones left out."""
-    for shard in resolve_shards(source.path, f"data.sources.{name}.path"):
+    for shard in resolve_shards(source.files, f"data.sources.{name}.path"):
         with open_shard(shard, source.text_column) as reader:
             for batch in reader.batches():
                 for text, raw in zip(batch.texts, batch.raw_texts, strict=True):

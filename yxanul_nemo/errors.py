@@ -28,7 +28,7 @@ class UserError(ValueError):
         message = "; ".join(parts) + "."
         super().__init__(f"{message} {fix}".strip())
 
-    def __reduce__(self) -> tuple[type["UserError"], tuple[str, str, str, str]]:
+    def __reduce__(self) -> tuple[type["UserError"], tuple[object, ...]]:
         """Pickled with its parts and not with its message, so that it comes whole out of another process."""
         return UserError, (self.where, self.problem, self.expected, self.fix)
 

@@ -100,7 +100,8 @@ def collect(total_bytes: int) -> dict[str, list[Document]]:
         if not wanted:
             break
         if file is not None:
-            for name, documents in read_source(*file, wanted).items():
+            path, shown = file
+            for name, documents in read_source(path, shown, wanted).items():
                 sources[name].add(documents, seen)
     return {name: sorted(source.documents, key=_order) for name, source in sources.items()}
 
@@ -132,11 +133,15 @@ class _Source:
 def _marks(text: str) -> tuple[bytes, bytes]:
     """Hashes of a text and of its first 150 letters and digits, whatever the layout and case."""
     plain = re.sub(r"[\W_]+", " ", text).strip().lower()
-    return tuple(hashlib.sha256(part.encode()).digest() for part in (plain, plain[:150]))
+    return _sha256(plain), _sha256(plain[:150])
 
 
 def _order(document: Document) -> bytes:
-    return hashlib.sha256(document.text.encode()).digest()
+    return _sha256(document.text)
+
+
+def _sha256(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _strings(values: Iterable[str]) -> pa.StringArray:

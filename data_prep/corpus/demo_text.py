@@ -212,17 +212,16 @@ def read_source(path: Path, name: str, wanted: set[str]) -> dict[str, list[Docum
     lines = source.decode().splitlines()
     for_prose = _shuffled((path, name))[0] % 2 == 0
     for node in _definitions(tree):
-        function = isinstance(node, FUNCTION)
         origin = name if isinstance(node, ast.Module) else f"{name}:{node.name}"
         docstring = _docstring(node)
         if len(docstring) >= MIN_CHARS and TEMPLATE.search(docstring) is None:
-            if function and not for_prose:
+            if isinstance(node, FUNCTION) and not for_prose:
                 if "reference" in wanted and _letters_share(docstring) > 0.55:
                     found["reference"].extend(pieces(docstring, origin))
             elif "prose" in wanted:
                 text = "\n\n".join(paragraph for paragraph in _paragraphs(docstring) if is_prose(paragraph))
                 found["prose"].extend(pieces(text, origin))
-        if function and "code" in wanted and not node.name.startswith("test_"):
+        if isinstance(node, FUNCTION) and "code" in wanted and not node.name.startswith("test_"):
             code = _function_code(node, lines)
             if MIN_CHARS <= len(code) <= MAX_CHARS:
                 found["code"].append(Document(code, origin))
@@ -253,14 +252,19 @@ def _docstring(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunc
 def _function_code(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
     """Source of a function from its first decorator on; the docstring is left out."""
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-    body = list(range(first, node.end_lineno + 1))
+    body = list(range(first, _last_line(node) + 1))
     if ast.get_docstring(node, clean=False) is not None:
         docstring = node.body[0]
         if docstring.lineno == node.lineno:
             return ""
-        body = [number for number in body if not docstring.lineno <= number <= docstring.end_lineno]
+        body = [number for number in body if not docstring.lineno <= number <= _last_line(docstring)]
     code = textwrap.dedent("\n".join(lines[number - 1].rstrip() for number in body)).strip()
     return re.sub(r"\n{3,}", "\n\n", code)
+
+
+def _last_line(node: ast.stmt) -> int:
+    assert node.end_lineno is not None, "of a text that was parsed"
+    return node.end_lineno
 
 
 def _paragraphs(text: str) -> list[str]:

@@ -27,19 +27,28 @@ SPLITS = ("train", "heldout")
 
 
 class Encoder(Protocol):
-    """What preparation needs of a tokenizer."""
+    """What a shard needs of a tokenizer."""
 
-    vocab_size: int
-    eos_id: int
-    fingerprint: str
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_id(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
+
+    def decode(self, ids: np.ndarray) -> str: ...
+
+
+class BulkEncoder(Encoder, Protocol):
+    """A tokenizer whose faster encoder is made once and handed to other processes."""
 
     def bulk_encoder(self) -> SuperwordEncoder | None: ...
 
     def use_bulk_encoder(self, encoder: SuperwordEncoder | None) -> None: ...
-
-    def decode(self, ids: np.ndarray) -> str: ...
 
 
 class ShardOptions(Stored):
@@ -132,7 +141,9 @@ class _SplitOutput:
     writer: IndexedWriter | None = None
     text_bytes: int = 0
 
-    def add(self, documents: list, text_bytes: int, stack: ExitStack, prefix: Path, dtype: np.dtype) -> None:
+    def add(
+        self, documents: list[np.ndarray], text_bytes: int, stack: ExitStack, prefix: Path, dtype: np.dtype
+    ) -> None:
         if documents:
             if self.writer is None:
                 self.writer = stack.enter_context(IndexedWriter(prefix, dtype))
@@ -217,7 +228,8 @@ def _write_pairs(
             chunk_rows = sum(batch.rows for batch in chunk.batches)
             rows += chunk_rows
             report(Progress(chunk_rows, sum(sizes), sum(len(ids) for ids in documents)))
-    return rows, skipped, *(_entry(outputs[split], task.prefix(split)) for split in SPLITS)
+    train, held = (_entry(outputs[split], task.prefix(split)) for split in SPLITS)
+    return rows, skipped, train, held
 
 
 def input_stat(paths: Sequence[Path]) -> tuple[int, int]:

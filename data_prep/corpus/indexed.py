@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -34,13 +34,19 @@ DTYPE_CODES: dict[np.dtype, int] = {
     np.dtype(np.int64): 5,
     np.dtype(np.uint16): 8,
 }
+TokenDtypeName = Literal["uint16", "int32"]
 UINT16_VOCAB_LIMIT = 65500
 """Vocabularies below this size are stored as uint16, larger ones as int32: the rule of Megatron's `DType.optimal_dtype`."""
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Type in which Megatron stores the ids of a vocabulary of this size."""
-    return np.dtype(np.uint16 if vocab_size < UINT16_VOCAB_LIMIT else np.int32)
+    """Return the type in which Megatron stores the ids of a vocabulary of this size."""
+    return np.dtype(token_dtype_name(vocab_size))
+
+
+def token_dtype_name(vocab_size: int) -> TokenDtypeName:
+    """Return its name."""
+    return "uint16" if vocab_size < UINT16_VOCAB_LIMIT else "int32"
 
 
 def bin_path(path_prefix: Path) -> Path:
@@ -69,13 +75,15 @@ class IndexedWriter:
     """Write documents to `path_prefix`.bin and .idx, byte for byte as Megatron's `IndexedDatasetBuilder.add_document` would.
 
     A context manager: both files appear under their names when the block ends (the .idx last), neither does if it raises.
-    `result` then describes them. Memory: 4 bytes per document.
+    Memory: 4 bytes per document.
     """
+
+    result: WrittenPair
+    """What both files hold; there is none until the block has ended."""
 
     def __init__(self, path_prefix: Path, dtype: np.dtype):
         self.path_prefix = Path(path_prefix)
         self.dtype = np.dtype(dtype)
-        self.result: WrittenPair | None = None
         self._lengths: list[np.ndarray] = []
         self._tokens = 0
         self._digest = hashlib.sha256()

@@ -7,7 +7,7 @@ from typing import Annotated, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
 
-from data_prep.corpus.indexed import bin_path, idx_path, token_dtype
+from data_prep.corpus.indexed import TokenDtypeName, bin_path, idx_path, token_dtype_name
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint, read_bounded, require_inside, sha256_file, write_text_atomic
 from yxanul_nemo.stored import Stored, first_problem
@@ -98,7 +98,7 @@ class CorpusManifest(Stored):
     tokenizer_fingerprint: str
     vocab_size: int = Field(ge=1, le=MOST_IDS)
     eos_id: Count
-    dtype: Literal["uint16", "int32"]
+    dtype: TokenDtypeName
     """Type of the ids in the .bin files."""
     split_rule: str = SPLIT_RULE
     heldout_fraction: float = Field(ge=0, le=1, allow_inf_nan=False)
@@ -108,7 +108,7 @@ class CorpusManifest(Stored):
     def _ids_fit(self) -> Self:
         if self.eos_id >= self.vocab_size:
             raise ValueError(f"eos_id is {self.eos_id}, but the vocabulary has {self.vocab_size} ids")
-        if self.dtype != token_dtype(self.vocab_size).name:
+        if self.dtype != token_dtype_name(self.vocab_size):
             raise ValueError(f"dtype is {self.dtype}, but a vocabulary of {self.vocab_size} ids is stored otherwise")
         return self
 

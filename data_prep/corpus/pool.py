@@ -9,17 +9,17 @@ import errno
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
-from data_prep.corpus.encode import CHUNK_BYTES, Encoder, Progress, ShardRecord, ShardTask, prepare_shard
+from data_prep.corpus.encode import CHUNK_BYTES, BulkEncoder, Encoder, Progress, ShardRecord, ShardTask, prepare_shard
 from data_prep.tokenizers.superword_encoder import SuperwordEncoder
 from yxanul_nemo.errors import UserError
 
@@ -58,8 +58,8 @@ def attempt_shard(
 
 def run_shards(
     tasks: list[ShardTask],
-    encoder: Encoder,
-    load_encoder: Callable[[], Encoder],
+    encoder: BulkEncoder,
+    load_encoder: Callable[[], BulkEncoder],
     cores: int,
     use_processes: bool,
     on_progress: Callable[[Progress], None],
@@ -95,7 +95,7 @@ class WorkerPool:
     Raises RuntimeError if one dies.
     """
 
-    def __init__(self, load_encoder: Callable[[], Encoder], processes: int):
+    def __init__(self, load_encoder: Callable[[], BulkEncoder], processes: int):
         self._load_encoder, self._processes = load_encoder, processes
         self._workers: dict[Connection, BaseProcess] = {}
 
@@ -121,7 +121,7 @@ class WorkerPool:
         for worker in self._workers.values():
             worker.join()
 
-    def use_bulk_encoder(self, encoder: Encoder) -> None:
+    def use_bulk_encoder(self, encoder: BulkEncoder) -> None:
         """Give all workers the faster way of `encoder`, made once, while they start."""
         made = encoder.bulk_encoder()
         if made is not None:
@@ -142,7 +142,7 @@ class WorkerPool:
         encoded = dict(self._serve(pieces))
         return [encoded[number] for number in range(len(pieces))]
 
-    def _serve(self, requests: list) -> Iterator[tuple[int, object]]:
+    def _serve(self, requests: Sequence[ShardTask | list[str]]) -> Iterator[tuple[int, Any]]:
         """Hand out requests to idle workers; yields (number of the request, message) for whatever they send back."""
         waiting = iter(enumerate(requests))
         busy: dict[Connection, int] = {}
@@ -155,7 +155,8 @@ class WorkerPool:
                     pipe.send(request[1])
             if not busy:
                 return
-            for pipe in wait(list(busy)):
+            ready = wait(list(busy))
+            for pipe in [pipe for pipe in busy if pipe in ready]:
                 with self._deaths_named(pipe):
                     message = pipe.recv()
                 number = busy[pipe]
@@ -222,7 +223,7 @@ def encoder_threads(threads: int) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _work(pipe: Connection, load_encoder: Callable[[], Encoder]) -> None:
+def _work(pipe: Connection, load_encoder: Callable[[], BulkEncoder]) -> None:
     """Life of a worker: a shard or a list of texts comes in, an outcome or their ids go out, until the pipe closes. First of all
     the faster encoder may come.
     """

@@ -6,9 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from data_prep.corpus.encode import SPLITS, Encoder, ShardOptions, ShardRecord, ShardTask, input_sha256, input_stat
+from data_prep.corpus.encode import (
+    SPLITS,
+    BulkEncoder,
+    Encoder,
+    ShardOptions,
+    ShardRecord,
+    ShardTask,
+    input_sha256,
+    input_stat,
+)
 from data_prep.corpus.find_shards import InputShard, NoShardsError, find_shards
-from data_prep.corpus.indexed import token_dtype
+from data_prep.corpus.indexed import token_dtype_name
 from data_prep.corpus.manifest import MANIFEST_NAME, CorpusManifest, SourceManifest, load_manifest
 from data_prep.corpus.pool import run_shards
 from data_prep.corpus.progress import ProgressDisplay
@@ -28,8 +37,8 @@ LISTED = 10
 def prepare_corpus(
     data_dir: Path,
     sources: Mapping[str, SourceConfig],
-    encoder: Encoder,
-    load_encoder: Callable[[], Encoder],
+    encoder: BulkEncoder,
+    load_encoder: Callable[[], BulkEncoder],
     heldout_fraction: float,
     workers: int = 0,
     process_min_bytes: int = PROCESS_MIN_BYTES,
@@ -128,17 +137,17 @@ def _tasks(
         holds_ids=source.ids_column is not None,
     )
     try:
-        found = find_shards(source.path, f"data.sources.{name}.path")
+        found = find_shards(source.files, f"data.sources.{name}.path")
     except NoShardsError:
         if old is None or name not in old.sources:
             raise
-        logger.warning("%s: the files of %s are gone; going on with its finished tokens", source.path, name)
+        logger.warning("%s: the files of %s are gone; going on with its finished tokens", source.files, name)
         entries = old.sources[name].inputs
         return [
-            ShardTask(data_dir, name, InputShard((Path(source.path),), entry.file), options, True) for entry in entries
+            ShardTask(data_dir, name, InputShard((Path(source.files),), entry.file), options, True) for entry in entries
         ]
     if found.left_out and old is None:
-        logger.warning("%s: of %s these are not read: %s", name, source.path, _listed(set(found.left_out)))
+        logger.warning("%s: of %s these are not read: %s", name, source.files, _listed(set(found.left_out)))
     return [ShardTask(data_dir, name, shard, options) for shard in found.shards]
 
 
@@ -233,8 +242,8 @@ def _listed(names: set[str]) -> str:
 def _run(
     data_dir: Path,
     missing: list[ShardTask],
-    encoder: Encoder,
-    load_encoder: Callable[[], Encoder],
+    encoder: BulkEncoder,
+    load_encoder: Callable[[], BulkEncoder],
     cores: int,
     process_min_bytes: int,
 ) -> dict[ShardTask, ShardRecord]:
@@ -259,8 +268,8 @@ def _run(
                 refused.append(outcome.refused)
             else:
                 kept = f"{len(records)} of {len(missing)} shards are finished and kept."
-                error = OSError(outcome.write_errno, outcome.write_error)
-                raise disk_error(error, data_dir, "writing tokens", kept)
+                cause = OSError(outcome.write_errno, outcome.write_error)
+                raise disk_error(cause, data_dir, "writing tokens", kept)
     if refused:
         raise _refused(data_dir, refused, len(missing), len(records))
     return records
@@ -298,7 +307,7 @@ def _manifest(encoder: Encoder, heldout_fraction: float, records: dict[str, list
         tokenizer_fingerprint=encoder.fingerprint,
         vocab_size=encoder.vocab_size,
         eos_id=encoder.eos_id,
-        dtype=token_dtype(encoder.vocab_size).name,
+        dtype=token_dtype_name(encoder.vocab_size),
         heldout_fraction=heldout_fraction,
         sources=sources,
     )

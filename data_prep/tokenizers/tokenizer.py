@@ -17,6 +17,7 @@ from data_prep.tokenizers.tokenizer_libraries import (
     LIBRARIES,
     PROBES,
     Library,
+    LibraryName,
     TokenizersLibrary,
     open_library,
 )
@@ -61,7 +62,7 @@ class Tokenizer:
     def __init__(self, library: Library, eos_token: str, pad_token: str | None, source: object):
         """Bind `library` to its special tokens; UserError (naming `source`) if it has no such token."""
         self._library = library
-        self.library: str = library.name
+        self.library: LibraryName = library.name
         """Library that does the work: `tokenizers` or `sentencepiece`."""
         self.eos_token, self.pad_token = eos_token, pad_token
         self.vocab_size: int = library.vocab_size
@@ -205,7 +206,7 @@ def _token_id(library: Library, token: str, key: str, source: object) -> int:
     return number
 
 
-def _recorded_library(record: Path) -> str | None:
+def _recorded_library(record: Path) -> LibraryName | None:
     """The library that a saved folder's record names; None where there is no record."""
     if not record.exists():
         return None
@@ -362,7 +363,7 @@ def _build(config: TokenizerConfig, texts: Callable[[], Iterator[str]]) -> tuple
     path = fetch_tokenizer(config) if config.path is None else Path(config.path)
     if config.kind == "superbpe":
         return Tokenizer.wrap(build_superbpe(path), config.eos_token, config.pad_token, path), _hashes(path)
-    wanted = "sentencepiece" if config.kind == "sentencepiece" else "tokenizers"
+    wanted: LibraryName = "sentencepiece" if config.kind == "sentencepiece" else "tokenizers"
     tokenizer = Tokenizer(open_library(path, wanted), config.eos_token, config.pad_token, path)
     if not tokenizer.is_lossless():
         logger.warning(

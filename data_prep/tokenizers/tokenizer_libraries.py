@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import sentencepiece
@@ -39,10 +39,13 @@ PROBES = (
 """Text that a normalizing tokenizer changes in one way or another."""
 
 
+LibraryName = Literal["tokenizers", "sentencepiece"]
+
+
 class Library(Protocol):
     """What `Tokenizer` needs from a library. Ids are int32 arrays of shape [tokens]."""
 
-    name: str
+    name: LibraryName
     vocab_size: int
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]: ...
@@ -83,7 +86,7 @@ def _library_errors(path: Path) -> Iterator[None]:
 class TokenizersLibrary:
     """A tokenizer of Hugging Face's `tokenizers`."""
 
-    name = "tokenizers"
+    name: LibraryName = "tokenizers"
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, source: object):
         """Take over `tokenizer`: no truncation, no padding, no special tokens added, and none recognised in text."""
@@ -200,7 +203,7 @@ def _without_empty(value: Any) -> Any:
 class SentencePieceLibrary:
     """A sentencepiece model."""
 
-    name = "sentencepiece"
+    name: LibraryName = "sentencepiece"
 
     def __init__(self, path: Path):
         """Read a .model file; UserError if it cannot be read."""
@@ -251,7 +254,7 @@ LIBRARIES = (TokenizersLibrary.name, SentencePieceLibrary.name)
 """Names of what a tokenizer may be made with."""
 
 
-def open_library(path: Path, wanted: str | None = None) -> Library:
+def open_library(path: Path, wanted: LibraryName | None = None) -> Library:
     """The tokenizer in a folder (tokenizer.json, or one .model file) or in a .model or .json file.
 
     Args:
@@ -264,22 +267,25 @@ def open_library(path: Path, wanted: str | None = None) -> Library:
     if not path.exists():
         raise UserError(path, "no such file or folder", "a folder with tokenizer.json, or a sentencepiece .model file")
     candidates = [path] if path.is_file() else [path / "tokenizer.json", *sorted(path.glob("*.model"))]
-    by_library = {
+    by_library: dict[LibraryName, list[Path]] = {
         TokenizersLibrary.name: [file for file in candidates if file.suffix == ".json" and file.exists()],
         SentencePieceLibrary.name: [file for file in candidates if file.suffix == ".model"],
     }
     found = by_library[wanted] if wanted else by_library["tokenizers"] or by_library["sentencepiece"]
     if len(found) != 1:
-        expected = {"tokenizers": "tokenizer.json", "sentencepiece": "one .model file"}.get(
-            wanted or "", "tokenizer.json or one .model file"
-        )
+        kinds = {
+            "tokenizers": "tokenizer.json",
+            "sentencepiece": "one .model file",
+            None: "tokenizer.json or one .model file",
+        }
+        expected = kinds[wanted]
         raise UserError(
             path, f"holds {len(found) or 'no'} tokenizers of the kind wanted", expected, _advice(path, by_library)
         )
     return TokenizersLibrary.load(found[0]) if found[0].suffix == ".json" else SentencePieceLibrary(found[0])
 
 
-def _advice(path: Path, by_library: dict[str, list[Path]]) -> str:
+def _advice(path: Path, by_library: dict[LibraryName, list[Path]]) -> str:
     if len(by_library["sentencepiece"]) > 1:
         return "Give the .model file itself as the path."
     if by_library["sentencepiece"]:

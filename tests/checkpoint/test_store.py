@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.ledger import Expected, Ledger, PhasePlan
 from yxanul_nemo.checkpoint.manifest import CorruptCheckpoint, FileEntry, Manifest, read_manifest
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import fingerprint
 

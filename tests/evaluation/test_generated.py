@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from yxanul_nemo.checkpoint.store import Checkpoint
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError

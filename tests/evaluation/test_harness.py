@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from yxanul_nemo.checkpoint.store import Checkpoint
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.evaluation.harness import run_harness

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from yxanul_nemo.checkpoint.store import Checkpoint
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.evaluation.likelihood import _nats, _prepared, answer
 from yxanul_nemo.evaluation.questions import Question, make_choice, make_cloze

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import MakeRun
-from yxanul_nemo.checkpoint.store import Checkpoint
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.stages import run_stages

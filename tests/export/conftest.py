@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 import pytest
 
-from yxanul_nemo.checkpoint.store import Checkpoint
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 
 REPO_DIR = Path(__file__).resolve().parents[2]

@@ -16,9 +16,10 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import TEXTS, Fresh, MakeRun
 from tests.export.nemo_files import change_weights, repack
 from tests.model.plain_gpt import PlainGPT
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.identity import phase_plan
 from yxanul_nemo.checkpoint.restore import restore_model
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.errors import UserError

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from data_prep.corpus.manifest import load_manifest
 from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import MakeRun
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.restore import restore_model
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.command_line import for_hydra
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig

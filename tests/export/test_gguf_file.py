@@ -12,7 +12,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import MakeRun
 from tests.export.test_export import model_of
-from yxanul_nemo.checkpoint.store import Checkpoint
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.export import Exporter, export_checkpoint

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from data_prep.corpus.manifest import load_manifest
 from tests.export.conftest import MakeRun
 from tests.export.nemo_files import change_config, change_weights, repack
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.restore import restore_model
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.export import export_checkpoint

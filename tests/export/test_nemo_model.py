@@ -20,8 +20,8 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from tests.export.conftest import Fresh
 from tests.export.nemo_files import CONFIG, WEIGHTS, change_config, change_weights, repack, with_member
 from tests.ranks import run_ranks
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.restore import restore_model
-from yxanul_nemo.checkpoint.store import Checkpoint
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import ParallelConfig
 from yxanul_nemo.errors import UserError

@@ -16,7 +16,8 @@ import pytest
 from tests.launch.launching import Launched, launch, launch_alone
 from tests.ranks import run_ranks
 from tests.training import sessions
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.committed import Checkpoint
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.config.run import RunConfig
 

@@ -13,7 +13,8 @@ import pytest
 
 from tests.launch.launching import FAULTS_DIR, REPO_DIR, launch, state
 from tests.launch.slurm_cluster import SlurmCluster, missing_programs
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.committed import Checkpoint
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.slurm import commands

@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.ledger import Ledger
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.validation.record import phase_result_path

@@ -14,7 +14,8 @@ from data_prep.corpus.indexed import IndexedTokens
 from data_prep.corpus.manifest import load_manifest
 from tests.export.conftest import MakeRun
 from tests.ranks import run_ranks
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.committed import Checkpoint
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.phases import plan_phases
 from yxanul_nemo.validation.record import find_result

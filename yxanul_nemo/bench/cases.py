@@ -62,7 +62,7 @@ def bench_sweeps(config: RunConfig, formats: Sequence[NumberFormat], data_parall
         UserError: a length that the model has no positions for, or that does not fit a micro-batch.
     """
     sweeps = []
-    for micro_batch_tokens in config.bench.micro_batch_tokens or [config.parallel.micro_batch_tokens]:
+    for micro_batch_tokens in config.bench.micro_batch_tokens or [config.parallel.fixed_micro_batch_tokens]:
         for precision in map(config.precision.named, config.bench.precision or formats):
             cases = []
             for phase in _phases(config, micro_batch_tokens, data_parallel):

@@ -10,10 +10,9 @@ from rich.table import Table
 from yxanul_nemo.bench.cases import Shape, Sweep
 from yxanul_nemo.bench.chart import bench_chart
 from yxanul_nemo.disk_errors import disk_errors
-from yxanul_nemo.figures import duration
+from yxanul_nemo.figures import GIB, duration
 from yxanul_nemo.files import atomic_file, write_json_atomic
 from yxanul_nemo.log import table_console
-from yxanul_nemo.model.memory import GIB
 
 KERNELS_SHOWN = 20
 COLUMNS = (
@@ -106,8 +105,9 @@ def _kernel_table(row: dict[str, Any]) -> Table:
     total = sum(kernel["seconds"] for kernel in row["kernels"])
     title = f"kernels of one step, {row['precision']}, seq_len {row['seq_len']}"
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title)
-    for header, justify in (("share", "right"), ("ms", "right"), ("launches", "right"), ("kernel", "left")):
-        table.add_column(header, justify=justify, no_wrap=header == "kernel")
+    for header in ("share", "ms", "launches"):
+        table.add_column(header, justify="right")
+    table.add_column("kernel", no_wrap=True)
     for kernel in row["kernels"][:KERNELS_SHOWN]:
         seconds = kernel["seconds"]
         table.add_row(f"{seconds / total:.1%}", f"{seconds * 1e3:.2f}", str(kernel["launches"]), kernel["name"][:90])

@@ -55,7 +55,7 @@ def run_bench_stage(config: RunConfig) -> bool:
     on = f"{processes} x {_device_name(device)}"
     logger.info("%d cases on %s, attention %s, data: %s", len(cases), on, over, corpus.description)
     peak = peak_flops_per_second(PrecisionConfig(name="bf16"), device, devices=processes)
-    figures = {
+    figures: dict[str, Any] = {
         "environment": describe_environment(),
         "device": _device_name(device),
         "processes": processes,

@@ -37,7 +37,7 @@ class CorruptCheckpoint(UserError):
         self.directory, self.file, self.why = directory, file, why
         super().__init__(directory / file, why, fix="Use another checkpoint, or restore this one from a copy.")
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[type[UserError], tuple[object, ...]]:
         """See `UserError`."""
         return CorruptCheckpoint, (self.directory, self.file, self.why)
 

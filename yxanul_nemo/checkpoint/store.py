@@ -18,57 +18,32 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
+from yxanul_nemo.checkpoint.best import BEST_NAME, BestPointer
+from yxanul_nemo.checkpoint.committed import CHECKPOINT_NAME, MAX_TOKENS, Checkpoint, checkpoint_name, load_checkpoint
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.manifest import (
     LEDGER_NAME,
     MANIFEST_NAME,
     CorruptCheckpoint,
-    Manifest,
     Verify,
-    read_manifest,
     seal,
     verify_files,
 )
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.files import fsync_dir, write_json_atomic, write_text_atomic
-from yxanul_nemo.json_files import parse_json
+from yxanul_nemo.files import fsync_dir, write_text_atomic
 from yxanul_nemo.log import logger
 
 TEMPORARY_PREFIX = ".tmp-"
 LATEST_NAME = "latest"
-BEST_NAME = "best"
 OLD_SUFFIX = ".old"
-MAX_TOKENS = 10**15 - 1
 
-_CHECKPOINT_NAME = re.compile(r"tokens_([0-9]{15})(\.old)?")
 _POINTER_TEMPORARY = re.compile(rf"\.({LATEST_NAME}|{BEST_NAME})\..+\.tmp")
 _SAVING = "saving a checkpoint"
 _FIX_SAVING = "Training goes on from the last checkpoint; fewer are kept with a smaller checkpoint.keep_latest."
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """One committed checkpoint."""
-
-    path: Path
-    tokens: int
-    """Tokens consumed by the run."""
-    phase: int
-    """Number of the curriculum's phase, counted from 1."""
-    phase_end: bool
-    """Whether that phase was finished."""
-    created_unix: float
-    """Wall-clock time of the commit in seconds, for people only."""
-    manifest: Manifest
-
-    def read_ledger(self) -> Ledger:
-        """The ledger in it; raises `UserError` if it is damaged."""
-        return Ledger.read(self.path / LEDGER_NAME)
 
 
 class CheckpointStore:
@@ -102,7 +77,7 @@ class CheckpointStore:
             UserError: the folder cannot be written.
         """
         assert 0 <= tokens <= MAX_TOKENS, tokens
-        temporary = self.root / f"{TEMPORARY_PREFIX}{_name(tokens)}-{secrets.token_hex(4)}"
+        temporary = self.root / f"{TEMPORARY_PREFIX}{checkpoint_name(tokens)}-{secrets.token_hex(4)}"
         with disk_errors(self.root, _SAVING, _FIX_SAVING):
             if not self.root.is_dir():
                 self.root.mkdir(parents=True)
@@ -145,7 +120,9 @@ class CheckpointStore:
                 checkpoints are as they were. If only the pointer could not be written, the checkpoint is committed.
         """
         tokens = ledger.tokens_total
-        assert temporary.name.startswith(f"{TEMPORARY_PREFIX}{_name(tokens)}-"), f"{temporary}: {tokens} tokens"
+        assert temporary.name.startswith(f"{TEMPORARY_PREFIX}{checkpoint_name(tokens)}-"), (
+            f"{temporary}: {tokens} tokens"
+        )
         with self.writing(temporary):
             ledger.write(temporary / LEDGER_NAME)
             seal(temporary, tokens, ledger.phase, phase_end)
@@ -160,9 +137,9 @@ class CheckpointStore:
     def list(self) -> list[Checkpoint]:
         """Checkpoints with a valid manifest, in order of tokens. Their other files are not looked at."""
         found = []
-        for path in self._candidates():
+        for path in _candidates(self.root):
             try:
-                found.append(_load(path))
+                found.append(load_checkpoint(path))
             except CorruptCheckpoint:
                 continue
         return found
@@ -173,7 +150,7 @@ class CheckpointStore:
         Raises:
             CorruptCheckpoint: names the first wrong file and what is wrong with it.
         """
-        if _load(checkpoint.path).manifest != checkpoint.manifest:
+        if load_checkpoint(checkpoint.path).manifest != checkpoint.manifest:
             raise CorruptCheckpoint(checkpoint.path, MANIFEST_NAME, "is not the one that was read before")
         verify_files(checkpoint.path, checkpoint.manifest, self.verify)
 
@@ -192,9 +169,9 @@ class CheckpointStore:
             UserError: there are committed checkpoints, but all of them are damaged. Starting anew is left to the user.
         """
         bad: list[CorruptCheckpoint] = []
-        for path in reversed(self._candidates()):
+        for path in reversed(_candidates(self.root)):
             try:
-                checkpoint = _load(path)
+                checkpoint = load_checkpoint(path)
                 if phase_end_of is not None and (not checkpoint.phase_end or checkpoint.phase != phase_end_of):
                     continue
                 self.check(checkpoint)
@@ -269,20 +246,20 @@ class CheckpointStore:
         if not math.isfinite(value):
             logger.warning("checkpoint %s: %s is %s, not considered for best", checkpoint.path.name, metric, value)
             return
-        present = self._best_pointer()
-        if present is not None and present["metric"] == metric and present["value"] <= value:
+        present = BestPointer.read(self.root)
+        if present is not None and present.metric == metric and present.value <= value:
             return
-        identity = {"checkpoint": checkpoint.path.name, "digest": checkpoint.manifest.digest}
+        name, digest = checkpoint.path.name, checkpoint.manifest.digest
         with disk_errors(self.root, "marking the best checkpoint"):
-            write_json_atomic(self.root / BEST_NAME, identity | {"metric": metric, "value": value})
+            BestPointer(checkpoint=name, digest=digest, metric=metric, value=value).write(self.root)
 
     def best(self) -> Checkpoint | None:
         """The checkpoint that `mark_best` chose, if it passes `check`; otherwise None, with the reason in the log."""
-        pointer = self._best_pointer()
+        pointer = BestPointer.read(self.root)
         if pointer is None:
             return None
         try:
-            checkpoint = _load(self.root / pointer["checkpoint"])
+            checkpoint = load_checkpoint(self.root / pointer.checkpoint)
             self.check(checkpoint)
         except CorruptCheckpoint as error:
             logger.warning("the best checkpoint cannot be used: %s", error)
@@ -301,21 +278,13 @@ class CheckpointStore:
                 elif _POINTER_TEMPORARY.fullmatch(path.name):
                     path.unlink()
 
-    def _candidates(self) -> "list[Path]":
-        """Directories named like checkpoints, in order of tokens; of the same tokens, the replaced one first."""
-        if not self.root.is_dir():
-            return []
-        named = [(match, path) for path in self.root.iterdir() if (match := _CHECKPOINT_NAME.fullmatch(path.name))]
-        named = [(match, path) for match, path in named if path.is_dir() and not path.is_symlink()]
-        return [path for match, path in sorted(named, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
-
     def _publish(self, temporary: Path, tokens: int, phase_end: bool) -> Checkpoint:
         """Give a sealed directory its final name; a good one of the same tokens has a name that counts until then."""
-        final = self.root / _name(tokens)
+        final = self.root / checkpoint_name(tokens)
         old = final.with_name(final.name + OLD_SUFFIX)
         if os.path.lexists(final):
             try:
-                present = _load(final)
+                present = load_checkpoint(final)
                 self.check(present)
             except CorruptCheckpoint as error:
                 aside = _free_name(final)
@@ -333,7 +302,7 @@ class CheckpointStore:
         fsync_dir(self.root)
         if old.exists():
             self._delete(old)
-        return _load(final)
+        return load_checkpoint(final)
 
     def _rotate(self, newest: Checkpoint) -> None:
         """Delete whole checkpoints that nobody needs.
@@ -354,8 +323,8 @@ class CheckpointStore:
         kept = {checkpoint.path for checkpoint in list(by_tokens.values())[-self.keep_latest :]} | {newest.path}
         if self.keep_phase_ends:
             kept |= {checkpoint.path for checkpoint in by_tokens.values() if checkpoint.phase_end}
-        if (pointer := self._best_pointer()) is not None:
-            kept.add(self.root / pointer["checkpoint"])
+        if (pointer := BestPointer.read(self.root)) is not None:
+            kept.add(self.root / pointer.checkpoint)
         for checkpoint in whole:
             if checkpoint.path not in kept:
                 self._delete(checkpoint.path)
@@ -367,45 +336,14 @@ class CheckpointStore:
         fsync_dir(self.root)
         _remove_tree(doomed)
 
-    def _best_pointer(self) -> dict | None:
-        """The content of `best` if it names a committed checkpoint that is still the one it was set for."""
-        path = self.root / BEST_NAME
-        try:
-            pointer = parse_json(path.read_bytes())
-            well_formed = (
-                isinstance(pointer["checkpoint"], str)
-                and _CHECKPOINT_NAME.fullmatch(pointer["checkpoint"]) is not None
-                and isinstance(pointer["metric"], str)
-                and isinstance(pointer["value"], float | int)
-            )
-            if well_formed and _load(self.root / pointer["checkpoint"]).manifest.digest == pointer["digest"]:
-                return pointer
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-            logger.warning("ignoring the pointer %s: %s", path, error)
-            return None
-        logger.warning("ignoring the pointer %s: it does not name a checkpoint that is here", path)
-        return None
 
-
-def _name(tokens: int) -> str:
-    return f"tokens_{tokens:015d}"
-
-
-def _load(path: Path) -> Checkpoint:
-    manifest = read_manifest(path)
-    match = _CHECKPOINT_NAME.fullmatch(path.name)
-    if match is None or int(match[1]) != manifest.tokens:
-        raise CorruptCheckpoint(path, MANIFEST_NAME, f"is that of a checkpoint after {manifest.tokens} tokens")
-    return Checkpoint(
-        path=path,
-        tokens=manifest.tokens,
-        phase=manifest.phase,
-        phase_end=manifest.phase_end,
-        created_unix=manifest.created_unix,
-        manifest=manifest,
-    )
+def _candidates(root: Path) -> list[Path]:
+    """Directories named like checkpoints, in order of tokens; of the same tokens, the replaced one first."""
+    if not root.is_dir():
+        return []
+    named = [(match, path) for path in root.iterdir() if (match := CHECKPOINT_NAME.fullmatch(path.name))]
+    named = [(match, path) for match, path in named if path.is_dir() and not path.is_symlink()]
+    return [path for match, path in sorted(named, key=lambda pair: (int(pair[0][1]), pair[0][2] is None))]
 
 
 def _free_name(final: Path) -> Path:

@@ -102,6 +102,12 @@ class SourceConfig(Section):
         """Whether its files come from the hub."""
         return self.path is None
 
+    @property
+    def files(self) -> str:
+        """Folder, glob or file with its shards; `RunConfig.corpus_sources` knows that of fetched ones, too."""
+        assert self.path is not None, "a source of corpus_sources"
+        return self.path
+
 
 class DataConfig(Section):
     """The corpora, how they are split, and where their tokens go."""

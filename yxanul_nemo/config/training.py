@@ -160,6 +160,12 @@ class ParallelConfig(Section):
         """Whether data-parallel ranks share out main parameters and moments, where there are several."""
         return self.distributed_optimizer is not False
 
+    @property
+    def fixed_micro_batch_tokens(self) -> int:
+        """`micro_batch_tokens` where it is a number: given, or found by `model.memory.with_micro_batch`."""
+        assert self.micro_batch_tokens != "auto", "with_micro_batch comes first"
+        return self.micro_batch_tokens
+
     @model_validator(mode="after")
     def _context_needs_te(self) -> "ParallelConfig":
         for key, value in (("device", "cpu"), ("layer_spec", "torch")):

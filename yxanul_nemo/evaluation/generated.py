@@ -79,8 +79,8 @@ def _continued(config: RunConfig, loaded: Loaded, prompt: str, stops: tuple[str,
     """The most likely continuation; nothing where the prompt alone fills the model's context."""
     if 1 + len(loaded.tokenizer.encode(prompt)) >= loaded.context_tokens:
         return ""
-    settings = {"temperature": 0.0, "top_p": 1.0, "seed": 0}
-    return until(generate_with(loaded, prompt, config.evaluate.max_new_tokens, **settings).text, stops)
+    made = generate_with(loaded, prompt, config.evaluate.max_new_tokens, temperature=0.0, top_p=1.0, seed=0)
+    return until(made.text, stops)
 
 
 def _share(outcomes: list[bool], out_of_time: int = 0) -> PassAt1:

@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM
 
 CHUNK_LOGITS_BYTES = 256 << 20
 
@@ -11,7 +11,7 @@ CHUNK_LOGITS_BYTES = 256 << 20
 class LlamaLoss:
     """(ids_BT, labels_BT) -> loss_BT in FP32, as `validation.scoring.LossFunction`; labels are the token after each of `ids_BT`."""
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: LlamaForCausalLM):
         self._model = model
         self._rows = max(1, CHUNK_LOGITS_BYTES // (4 * model.config.vocab_size))
 

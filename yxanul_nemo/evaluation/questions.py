@@ -49,10 +49,10 @@ def make_choice(documents: Sequence[str], most: int, seed: int) -> list[Question
         others = [
             document for other, document in enumerate(documents) if other != number and len(document) > PIECE_CHARS
         ]
-        wrong = {
+        drawn = {
             _piece(o, _end_of_word(o, rng.randrange(len(o) - PIECE_CHARS))) for o in _drawn(rng, others, 2 * CHOICES)
         }
-        wrong = sorted(piece for piece in wrong if piece.strip() and piece != own)[: CHOICES - 1]
+        wrong = sorted(piece for piece in drawn if piece.strip() and piece != own)[: CHOICES - 1]
         if own.strip() and len(wrong) == CHOICES - 1:
             questions.append(_question(rng, text[start:cut], own, wrong))
     return questions

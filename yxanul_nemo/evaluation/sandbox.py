@@ -76,7 +76,7 @@ def run_program(code: str, time_limit_seconds: float, memory_limit_bytes: int) -
     return Outcome("passed" if told.decode() == mark and process.returncode == 0 else "failed")
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and all that it has started."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)

@@ -5,6 +5,7 @@ A Llama has one [vocabulary, hidden] table; the factorized pair becomes W = E P^
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ MAX_RANK_ERROR = 1e-5
 ROWS_AT_ONCE = 16384
 
 
-def llama_config(model: ModelConfig, vocab_size: int, eos_id: int, pad_id: int | None, dtype: str) -> dict:
+def llama_config(model: ModelConfig, vocab_size: int, eos_id: int, pad_id: int | None, dtype: str) -> dict[str, Any]:
     """`config.json` of transformers' LlamaForCausalLM for this model.
 
     Args:
@@ -59,7 +60,7 @@ def llama_config(model: ModelConfig, vocab_size: int, eos_id: int, pad_id: int |
     }
 
 
-def factorized_config(llama: Mapping[str, object], rank: int) -> dict:
+def factorized_config(llama: Mapping[str, object], rank: int) -> dict[str, Any]:
     """`config.json` for `modeling_yxanul.py`, from that of the standard Llama."""
     changed = {
         "architectures": ["YxanulForCausalLM"],

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.export.llama import generation_settings
+from yxanul_nemo.export.llama import generate_ids
 from yxanul_nemo.export.source import Loaded, load_source
 from yxanul_nemo.log import logger
 from yxanul_nemo.run_folder import MODEL_SOURCES
@@ -95,13 +95,9 @@ def generate_with(
     text = TextStream(tokenizer, write or (lambda piece: None))
     device = loaded.model.device
     ids_BT = torch.tensor([ids], device=device)
-    with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        torch.inference_mode(),
-        generation_settings(loaded.model, settings),
-    ):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        loaded.model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT), streamer=text)
+        generate_ids(loaded.model, ids_BT, settings, text)
     return Generated(text.text, text.tokens)
 
 

@@ -8,7 +8,7 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from yxanul_nemo.errors import UserError
 
@@ -48,7 +48,7 @@ class _Header:
     def refuse(self, problem: str) -> NoReturn:
         raise UserError(self.path, problem, "a GGUF file by stage=export", "Export the model again.")
 
-    def take(self, form: str) -> tuple:
+    def take(self, form: str) -> tuple[Any, ...]:
         values = struct.unpack_from(form, self.data, self.place)
         self.place += struct.calcsize(form)
         return values

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.errors import UserError
@@ -100,7 +100,7 @@ def write_gguf(
     allow_as_umask(path)
 
 
-def load_gguf(path: Path) -> PreTrainedModel:
+def load_gguf(path: Path) -> LlamaForCausalLM:
     """The model of a file by `write_gguf`, read with gguf's own reader, as transformers' Llama in FP32 on the CPU.
 
     Raises:

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from data_prep.corpus.manifest import load_manifest
 from data_prep.tokenizers.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.ledger import Ledger
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import to_yaml
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.run import RunConfig

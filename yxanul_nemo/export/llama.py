@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from yxanul_nemo.export.llama_shape import LlamaShape
@@ -15,7 +16,9 @@ from yxanul_nemo.export.modeling_yxanul import YxanulConfig, YxanulForCausalLM
 from yxanul_nemo.model.whole_weights import require_weights
 
 
-def build_llama(weights: Mapping[str, Tensor], config: Mapping[str, Any], where: object = "weights") -> PreTrainedModel:
+def build_llama(
+    weights: Mapping[str, Tensor], config: Mapping[str, Any], where: object = "weights"
+) -> LlamaForCausalLM:
     """A Llama of weights and configuration in a Llama's names (`fold.to_llama`, `fold.llama_config`), in FP32 on the CPU.
 
     Args:
@@ -36,7 +39,7 @@ def build_llama(weights: Mapping[str, Tensor], config: Mapping[str, Any], where:
     return model.eval()
 
 
-def load_folder(folder: Path, trust_own_code: bool = False) -> PreTrainedModel:
+def load_folder(folder: Path, trust_own_code: bool = False) -> LlamaForCausalLM:
     """The model of a folder that `formats.write_hf` wrote, as a user loads it, in FP32 on the CPU, without the network.
 
     Args:
@@ -49,20 +52,23 @@ def load_folder(folder: Path, trust_own_code: bool = False) -> PreTrainedModel:
     return model.eval()
 
 
-def greedy(model: PreTrainedModel, prompts_BT: Tensor, new_tokens: int) -> Tensor:
+def greedy(model: LlamaForCausalLM, prompts_BT: Tensor, new_tokens: int) -> Tensor:
     """The most likely continuation [B, new_tokens]; the end of a document does not end it."""
     settings = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)
-    with torch.inference_mode(), generation_settings(model, settings):
-        ids_BT = model.generate(prompts_BT, attention_mask=torch.ones_like(prompts_BT))
-    return ids_BT[:, prompts_BT.size(1) :].clone()
+    return generate_ids(model, prompts_BT, settings)[:, prompts_BT.size(1) :].clone()
 
 
-@contextmanager
-def generation_settings(model: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
-    """`model.generate` under `settings` alone; given as arguments, they are mixed with the model's own (transformers 5)."""
+@torch.inference_mode()
+def generate_ids(
+    model: LlamaForCausalLM, prompts_BT: Tensor, settings: GenerationConfig, streamer: BaseStreamer | None = None
+) -> Tensor:
+    """Return prompts and continuations by `model.generate` under `settings` alone; as arguments they would be mixed with the model's
+    own (transformers 5)."""
     kept, model.generation_config = model.generation_config, settings
+    mask_BT = torch.ones_like(prompts_BT)
     try:
-        yield
+        # transformers declares `self` as another type, and the result as any of those that other settings give.
+        return model.generate(prompts_BT, attention_mask=mask_BT, streamer=streamer)  # type: ignore[misc, return-value]  # see above
     finally:
         model.generation_config = kept
 

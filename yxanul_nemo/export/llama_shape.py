@@ -43,7 +43,8 @@ class Rope(_Checked):
         for key in needed[self.rope_type]:
             if getattr(self, key) is None:
                 raise ValueError(f"rope_type={self.rope_type} needs {key}")
-        if self.rope_type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if self.rope_type == "llama3" and low is not None and high is not None and low >= high:
             raise ValueError("low_freq_factor is not below high_freq_factor")
         return self
 

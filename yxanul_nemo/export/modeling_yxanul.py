@@ -4,6 +4,8 @@ This file travels in the model's folder and stands alone. The embedding of a tok
 one pair of matrices, E [vocabulary, rank] and P [hidden, rank], serves both ends.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ class YxanulConfig(LlamaConfig):
 
     model_type = "yxanul"
 
-    def __init__(self, embedding_rank: int = 128, **llama):
+    def __init__(self, embedding_rank: int = 128, **llama: Any):
         super().__init__(**llama)
         self.embedding_rank = embedding_rank
 
@@ -54,7 +56,7 @@ class YxanulForCausalLM(LlamaForCausalLM):
     """LlamaForCausalLM with both ends replaced."""
 
     config_class = YxanulConfig
-    _tied_weights_keys = None
+    _tied_weights_keys = None  # type: ignore[assignment]  # transformers means by None that nothing is tied
 
     def __init__(self, config: YxanulConfig):
         super().__init__(config)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig
@@ -156,7 +157,7 @@ def require_exportable(model: ModelConfig) -> None:
         )
 
 
-def _as_llama(model: YxanulGPT, factorized: bool = False) -> torch.nn.Module:
+def _as_llama(model: YxanulGPT, factorized: bool = False) -> LlamaForCausalLM:
     """The model as transformers' Llama in FP32, on the same device."""
     shape, vocab_size = model.model_shape, model.real_vocab_size
     weights = {
@@ -168,7 +169,7 @@ def _as_llama(model: YxanulGPT, factorized: bool = False) -> torch.nn.Module:
     return build_llama(weights, described).to(_device(model))
 
 
-def _with_greedy(llama: torch.nn.Module, prompts_BT: Tensor) -> Tensor:
+def _with_greedy(llama: LlamaForCausalLM, prompts_BT: Tensor) -> Tensor:
     """The prompts and their continuation. It is made in FP32; `_require_greedy` holds it against logits in FP64."""
     prompts_BT = prompts_BT.to(_device(llama))
     return torch.cat([prompts_BT, greedy(llama, prompts_BT, GREEDY_TOKENS)], dim=1)

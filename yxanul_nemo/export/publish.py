@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypedDict
 
 from yxanul_nemo.files import fsync_dir, sha256_file
 
@@ -13,7 +14,14 @@ HASH_THREADS = 2
 """Beside a proof, which has the other cores; there are two large files."""
 
 
-def list_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, dict[str, int | str]]:
+class FileRecord(TypedDict):
+    """A file of an export, as `export.json` has it."""
+
+    bytes: int
+    sha256: str
+
+
+def list_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, FileRecord]:
     """Return size and SHA-256 of every file below `folder`, or of `paths` among them, by relative path."""
     files = [path for path in sorted(folder.rglob("*") if paths is None else paths) if path.is_file()]
     with ThreadPoolExecutor(HASH_THREADS) as pool:

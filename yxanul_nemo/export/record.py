@@ -1,10 +1,13 @@
 """What was exported from which checkpoint, so that a repeated command knows. Light, for the launcher."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.committed import Checkpoint
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
+from yxanul_nemo.export.publish import FileRecord
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.json_files import parse_json
 
@@ -15,11 +18,10 @@ def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
     Args:
         newest: the run's newest checkpoint, which is the one to export unless `export.checkpoint` names another.
     """
-    wanted: Checkpoint | None = newest
-    if config.export.checkpoint != "latest":
-        wanted = CheckpointStore.of_run(config, verify="size").find(config.export.checkpoint)
-        if wanted is None:
-            return False
+    which = config.export.checkpoint
+    wanted = newest if which == "latest" else CheckpointStore.of_run(config, verify="size").find(which)
+    if wanted is None:
+        return False
     folder = config.run.folder.export
     try:
         record = parse_json(config.run.folder.export_record.read_text(encoding="utf-8"))
@@ -34,12 +36,12 @@ def is_exported(config: RunConfig, newest: Checkpoint) -> bool:
 
 
 def write_record(
-    config: RunConfig, checkpoint: Checkpoint, folder: Path, files: dict[str, Any], parity: dict[str, Any]
+    config: RunConfig, checkpoint: Checkpoint, folder: Path, files: Mapping[str, FileRecord], parity: dict[str, Any]
 ) -> None:
     """Write `export.json`; the last thing an export does.
 
     Args:
-        files: path relative to `folder` -> `bytes` and `sha256`.
+        files: path relative to `folder` -> what the file is.
         parity: format -> what `check_parity` measured.
     """
     record = {

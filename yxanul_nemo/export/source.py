@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import LlamaForCausalLM
 
 from data_prep.tokenizers.tokenizer import Tokenizer
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.committed import Checkpoint
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import llama_config, to_llama
@@ -25,7 +26,7 @@ from yxanul_nemo.run_folder import MODEL_SOURCES, RunFolder
 class Loaded:
     """A model ready to be used."""
 
-    model: PreTrainedModel
+    model: LlamaForCausalLM
     tokenizer: Tokenizer
     context_tokens: int
     """Longest text that it may see."""
@@ -54,7 +55,8 @@ def load_source(source: Path, checkpoint: str = "best", device: str = "auto") ->
         loaded = _from_checkpoint(CheckpointStore(source.parent).choose(source.name))
     else:
         raise UserError(source, "does not exist" if not source.exists() else "holds no model", MODEL_SOURCES)
-    loaded.model.to(target, torch.bfloat16 if target.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
+    loaded.model.to(target, dtype)  # type: ignore[arg-type]  # transformers decorates this method as if it were a function
     return loaded
 
 

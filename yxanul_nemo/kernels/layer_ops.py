@@ -7,7 +7,7 @@ computed again where its inputs are read anyway. The arithmetic is Transformer E
 and rounded once.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 import triton
@@ -59,6 +59,18 @@ def quantize(x_TC: Tensor, slot: Slot) -> Matrix:
         x_TC.contiguous(), rows, columns, slot.scale, slot.amax, *x_TC.shape, BLOCK_R=block_rows, BLOCK_C=block_columns
     )
     return Matrix(rows, columns, slot.scale_inv)
+
+
+@overload
+def add_norm(
+    y_TC: Tensor | None, residual_TC: Tensor, weight_C: Tensor, eps: float, slot: Slot
+) -> tuple[Tensor, Matrix, Tensor]: ...
+
+
+@overload
+def add_norm(
+    y_TC: Tensor | None, residual_TC: Tensor, weight_C: Tensor, eps: float, slot: None
+) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 def add_norm(

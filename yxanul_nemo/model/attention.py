@@ -53,9 +53,10 @@ class WindowSelfAttention(SelfAttention):
             packed_seq_params: the list of documents, where the windows stand one after another in one row [B x T, 1, hidden].
         """
         heads = self.heads
-        is_plain = rotary_pos_emb is not None and all(option is None for option in options.values())
+        is_plain = all(option is None for option in options.values())
         # Under context parallelism a rank's tokens are not neighbours, which Transformer Engine's own path knows.
-        if not is_plain or self.config.context_parallel_size > 1 or heads.head_dim & (heads.head_dim - 1):
+        is_shared = self.config.context_parallel_size > 1
+        if rotary_pos_emb is None or not is_plain or is_shared or heads.head_dim & (heads.head_dim - 1):
             assert attention_mask is None and packed_seq_params is None, "config.run refuses document masks here"
             return super().forward(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **options)
         qkv_TBGX, _ = self.get_query_key_value_tensors(hidden_states, split_qkv=False)

@@ -25,8 +25,8 @@ class TiedProjection(MegatronModule):
             torch.empty(config.hidden_size, rank, device=device, dtype=config.params_dtype)
         )
         # Megatron sums this gradient over tensor-parallel ranks under sequence parallelism, and keeps Muon away from it.
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.weight.is_embedding_or_output_parameter = True
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # Megatron-core's own mark
+        self.weight.is_embedding_or_output_parameter = True  # type: ignore[attr-defined]  # Megatron-core's own mark
 
     def forward(self, x_TBR: Tensor) -> Tensor:
         """[T, B, rank] -> [T, B, hidden]."""

@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from yxanul_nemo.config.training import PrecisionConfig
@@ -21,7 +21,7 @@ from yxanul_nemo.config.training import PrecisionConfig
 PREFIX = "fp8."
 
 
-def scaling_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+def scaling_tensors(model: MegatronModule) -> Iterator[tuple[str, Tensor]]:
     """Name and live tensor of every amax history and scale; nothing under recipes without state.
 
     Fused layers have few, of all layers together. Those of modules are many:
@@ -50,7 +50,7 @@ def scaling_tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield f"{PREFIX}attention.{direction}.{i}.{kind}", tensor
 
 
-def _attention_tensors(model: torch.nn.Module) -> Iterator[int]:
+def _attention_tensors(model: MegatronModule) -> Iterator[int]:
     """Where the scaling tensors of attention cores lie in memory."""
     from transformer_engine.pytorch import DotProductAttention
 
@@ -62,7 +62,7 @@ def _attention_tensors(model: torch.nn.Module) -> Iterator[int]:
                     yield module.fp8_meta[direction].scale.data_ptr()
 
 
-def sharded_fp8_state(model: torch.nn.Module) -> dict[str, ShardedTensor]:
+def sharded_fp8_state(model: MegatronModule) -> dict[str, ShardedTensor]:
     """The state as Megatron-core's sharded tensors; ranks hold equal values, as amax is reduced over them."""
     replica = min(1, dist.get_rank())
     return {
@@ -101,7 +101,7 @@ def _is_of_fused_layers(name: str) -> bool:
 
 
 @contextmanager
-def scaling_state_kept(model: torch.nn.Module, precision: PrecisionConfig) -> Iterator[None]:
+def scaling_state_kept(model: MegatronModule, precision: PrecisionConfig) -> Iterator[None]:
     """Put the state back at the end of the block: a forward pass in it, also without gradients, notes largest values of its own."""
     kept = [(tensor, tensor.clone()) for _, tensor in scaling_tensors(model)] if precision.is_fp8 else []
     try:

@@ -10,13 +10,14 @@ that each product needs (`kernels.layer_ops`), which separate modules cannot do,
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_block import TransformerBlock
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -38,9 +39,9 @@ from yxanul_nemo.model.delayed_scales import DelayedScales
 
 
 class FusedBlock(TransformerBlock):
-    """A `TransformerBlock` whose layers have been built already and whose forward pass is this one, where `scales` are given."""
+    """A `TransformerBlock` whose layers have been built already and whose forward pass is this one."""
 
-    scales: DelayedScales | None = None
+    scales: DelayedScales
 
     @classmethod
     def take_over(cls, block: TransformerBlock) -> None:
@@ -108,13 +109,13 @@ class FusedBlock(TransformerBlock):
         return residual.view(seq_len, batch_size, -1)
 
 
-def _weights_in(layer: torch.nn.Module) -> tuple[Tensor, Tensor]:
+def _weights_in(layer: TransformerLayer) -> tuple[Tensor, Tensor]:
     """Of a layer, what comes before attention: norm and projection."""
     projection = layer.self_attention.linear_qkv
     return projection.layer_norm_weight, projection.weight
 
 
-def _weights_out(layer: torch.nn.Module) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _weights_out(layer: TransformerLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What comes after it: output projection, norm, gate and up projections, down projection."""
     fc1 = layer.mlp.linear_fc1
     return layer.self_attention.linear_proj.weight, fc1.layer_norm_weight, fc1.weight, layer.mlp.linear_fc2.weight
@@ -159,7 +160,7 @@ class _Stretch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         shape: Shape,
         before: dict[str, Slot] | None,
         after: dict[str, Slot] | None,
@@ -178,8 +179,11 @@ class _Stretch(torch.autograd.Function):
             (queries, keys, values, residual), or (mixed projection, residual) [T, B, ...]; at the model's end (the last norm's result,).
         """
         dtype, y_NH = residual_NH.dtype, None
+        ctx.shape, ctx.before, ctx.after, ctx.weights = shape, before, after, (proj, fc1, fc2, qkv)
         saved: list[Tensor | None] = []
         if before is not None:
+            assert attended_NO is not None and proj is not None and norm_2 is not None
+            assert fc1 is not None and fc2 is not None
             attended = quantize(attended_NO, before["attended"])
             proj_8, fc1_8, fc2_8 = (quantize(w, before[n]) for w, n in ((proj, "proj"), (fc1, "fc1"), (fc2, "fc2")))
             y_NH = product(attended, proj_8, dtype)
@@ -188,20 +192,17 @@ class _Stretch(torch.autograd.Function):
             y_NH = product(swiglu(gate_up_NF, before["activated"]), fc2_8, dtype)
             saved += [attended.columns, residual_NH, rstd_N, normed.columns, gate_up_NF]
             saved += [proj_8.columns, fc1_8.columns, fc2_8.columns]
-        total_NH, normed, rstd_N = add_norm(
-            y_NH, residual_NH, norm_1, shape.eps, None if after is None else after["normed_1"]
-        )
-        saved += [total_NH, rstd_N]
-        if after is not None:
-            qkv_8 = quantize(qkv, after["qkv"])
-            qkv_TBQ = product(normed, qkv_8, dtype).view(shape.seq_len, shape.batch_size, -1)
-            saved += [normed.columns, qkv_8.columns]
-        ctx.save_for_backward(norm_2, norm_1, *saved)
-        ctx.shape, ctx.before, ctx.after, ctx.weights = shape, before, after, (proj, fc1, fc2, qkv)
         if after is None:
-            return (normed,)
+            total_NH, last_NH, rstd_N = add_norm(y_NH, residual_NH, norm_1, shape.eps, None)
+            ctx.save_for_backward(norm_2, norm_1, *saved, total_NH, rstd_N)
+            return (last_NH,)
+        assert qkv is not None
+        total_NH, normed, rstd_N = add_norm(y_NH, residual_NH, norm_1, shape.eps, after["normed_1"])
+        qkv_8 = quantize(qkv, after["qkv"])
+        qkv_TBQ = product(normed, qkv_8, dtype).view(shape.seq_len, shape.batch_size, -1)
+        ctx.save_for_backward(norm_2, norm_1, *saved, total_NH, rstd_N, normed.columns, qkv_8.columns)
         if before is None:
-            # An input is not handed on as it is.
+            # An autograd.Function must not return an input unchanged, so this is a view of it.
             total_NH = total_NH.view_as(total_NH)
         if shape.rope is None:
             return qkv_TBQ, total_NH
@@ -209,7 +210,7 @@ class _Stretch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         shape, before, after = ctx.shape, ctx.before, ctx.after
         norm_2, norm_1, *saved = ctx.saved_tensors
         dqkv_w = dproj_w = dnorm_2 = dfc1_w = dfc2_w = dattended_NO = None
@@ -254,4 +255,5 @@ def _mixed_gradient(shape: Shape, dheads: list[Tensor], slot: Slot) -> Matrix:
     """The mixed projection's gradient in FP8 from that of what it was handed on as."""
     if shape.rope is None:
         return quantize(dheads[0].flatten(0, 1), slot)
-    return join_rope(*dheads, shape.rope.turn, shape.rope.heads, shape.batch_size, slot)
+    dquery, dkey, dvalue = dheads
+    return join_rope(dquery, dkey, dvalue, shape.rope.turn, shape.rope.heads, shape.batch_size, slot)

@@ -18,6 +18,12 @@ from yxanul_nemo.model.embedding import FactorizedEmbedding
 from yxanul_nemo.model.layers import TorchRotaryEmbedding, te_layer_spec, torch_block_spec
 
 
+class _NoHead(torch.nn.Identity):
+    """Stands where Megatron-core has a head and looks for its weight."""
+
+    weight = None
+
+
 class YxanulGPT(GPTModel):
     """`forward(ids)` gives logits, `forward(ids, labels)` the loss of each token; labels are already shifted by the caller."""
 
@@ -70,8 +76,7 @@ class YxanulGPT(GPTModel):
             tp_group=self.pg_collection.tp,
         )
         # The head has no parameters of its own.
-        self.output_layer = torch.nn.Identity()
-        self.output_layer.weight = None
+        self.output_layer = _NoHead()
         super().setup_embeddings_and_output_layer()
 
     def forward(

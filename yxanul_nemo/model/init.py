@@ -4,6 +4,7 @@ import hashlib
 import math
 
 import torch
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from yxanul_nemo.config.model import ModelConfig
@@ -13,7 +14,7 @@ RESIDUAL_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 @torch.no_grad()
-def initialize(model: torch.nn.Module, shape: ModelConfig, seed: int) -> None:
+def initialize(model: MegatronModule, shape: ModelConfig, seed: int) -> None:
     """N(0, init_std) for matrices, N(0, embedding_init_std) for the embedding's factors, ones for norms; projections into the
     residual stream get init_std / sqrt(2 layers) (GPT-2).
 

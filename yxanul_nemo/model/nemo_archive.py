@@ -10,13 +10,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Self
 
 import torch
 from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from data_prep.tokenizers.tokenizer import Tokenizer
+from data_prep.tokenizers.tokenizer_libraries import LibraryName
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic
@@ -52,7 +53,7 @@ class TokenizerPart(Stored):
 
     fingerprint: str
     """`Tokenizer.fingerprint` of the tokenizer that the model was trained with."""
-    library: Literal["tokenizers", "sentencepiece"]
+    library: LibraryName
     """Which library reads it; a sentencepiece tokenizer has a tokenizer.json beside it, for transformers."""
     tokenizer_json: str | None = None
     sentencepiece_model: str | None = None
@@ -83,7 +84,7 @@ class NemoConfig(Stored):
         return self
 
 
-def parse_config(plain: Mapping[str, Any], where: object) -> NemoConfig:
+def parse_config(plain: object, where: object) -> NemoConfig:
     """Check a configuration's keys and values; UserError names the first wrong one."""
     try:
         return NemoConfig.model_validate(plain)

@@ -130,7 +130,7 @@ class YxanulModel(ModelPT):
         with tempfile.TemporaryDirectory() as scratch:
             self.tokenizer.save(Path(scratch))
             part = tokenizer_part(self.tokenizer, Path(scratch))
-            self.artifacts = {}
+            self.artifacts: dict[str, Any] = {}
             with open_dict(self.cfg):
                 self.cfg.tokenizer = part.model_dump(exclude_none=True)
             for key, path in part.files.items():
@@ -191,7 +191,7 @@ class YxanulModel(ModelPT):
                 )
 
     @classmethod
-    def list_available_models(cls) -> list:
+    def list_available_models(cls) -> list[object]:
         """No models are published."""
         return []
 

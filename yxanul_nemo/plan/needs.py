@@ -58,7 +58,7 @@ def check_data(config: RunConfig) -> None:
     for name, source in config.data.sources.items():
         if source.is_fetched:
             continue
-        for shard in resolve_shards(source.path, f"data.sources.{name}.path"):
+        for shard in resolve_shards(source.files, f"data.sources.{name}.path"):
             with open_shard(shard, source.text_column, source.ids_column):
                 pass
     path = config.tokenizer.path

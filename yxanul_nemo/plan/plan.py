@@ -151,10 +151,11 @@ def make_plan(config: RunConfig, found: list[str]) -> Plan:
     sizes = source_sizes(config, manifest) if manifest else None
     epochs = check_enough_tokens(config, phases, sizes) if sizes else None
     checkpoint = CheckpointStore.of_run(config, verify="size").newest_good()
-    ledger = checkpoint.read_ledger() if checkpoint else None
-    if checkpoint is not None and manifest is not None:
-        expected = expected_run(config, manifest, phases)
-        require_allowed(ledger, expected, config.allow, checkpoint.path)
+    ledger = None
+    if checkpoint is not None:
+        ledger = checkpoint.read_ledger()
+        if manifest is not None:
+            require_allowed(ledger, expected_run(config, manifest, phases), config.allow, checkpoint.path)
     vocab_size, vocab_size_source = _vocab_size(config, manifest)
     is_auto = config.precision.name == "auto"
     config = config.model_copy(update={"precision": precision})
@@ -261,7 +262,7 @@ class _Forecaster:
         parallel, precision = config.parallel, config.precision
         check_chunks(phase, parallel.context_parallel)
         micro_batch_size, accumulation = batch_layout(
-            phase, self.data_parallel, parallel.micro_batch_tokens, precision.token_multiple
+            phase, self.data_parallel, parallel.fixed_micro_batch_tokens, precision.token_multiple
         )
         micro_batch_tokens = micro_batch_size * phase.seq_len
         speed = self._speed(phase.seq_len, micro_batch_tokens, accumulation)

@@ -9,12 +9,12 @@ from rich.table import Table
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
-from yxanul_nemo.figures import count, duration, rate, size
+from yxanul_nemo.figures import GIB, count, duration, rate, size
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.hub import free_bytes
 from yxanul_nemo.log import table_console
 from yxanul_nemo.machine.gpus import found_gpus
-from yxanul_nemo.model.memory import COMFORTABLE_SHARE, GIB, WORKING_BYTES_PER_PARAMETER
+from yxanul_nemo.model.memory import COMFORTABLE_SHARE, WORKING_BYTES_PER_PARAMETER
 from yxanul_nemo.plan.plan import Plan, make_plan
 from yxanul_nemo.plan.preflight import needs_of, needs_table
 
@@ -183,7 +183,9 @@ def summary_lines(plan: Plan) -> list[str]:
     return lines
 
 
-def _memory(memory_bytes: float, of_bytes: int) -> str:
+def _memory(memory_bytes: float | None, of_bytes: int) -> str:
+    if memory_bytes is None:
+        return ""
     text = f"{memory_bytes / GIB:.1f}"
     return f"[red]{text}[/red]" if memory_bytes > COMFORTABLE_SHARE * of_bytes else text
 

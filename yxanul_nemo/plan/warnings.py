@@ -6,11 +6,11 @@ from typing import Protocol
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.figures import GIB
 from yxanul_nemo.machine.gpu_table import Gpu, gpu_named
 from yxanul_nemo.model.memory import (
     COMFORTABLE_SHARE,
     CPU_MICRO_BATCH_TOKENS,
-    GIB,
     forecast_memory_bytes,
     largest_micro_batch_tokens,
 )
@@ -19,9 +19,14 @@ from yxanul_nemo.model.memory import (
 class PlannedPhase(Protocol):
     """What is looked at of a phase (`plan.PhaseForecast`)."""
 
-    number: int
-    seq_len: int
-    memory_bytes: float | None
+    @property
+    def number(self) -> int: ...
+
+    @property
+    def seq_len(self) -> int: ...
+
+    @property
+    def memory_bytes(self) -> float | None: ...
 
 
 def plan_warnings(

@@ -3,7 +3,8 @@
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.committed import Checkpoint
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.stages import ReportConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.files import write_json_atomic

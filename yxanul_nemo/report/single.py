@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from data_prep.corpus.manifest import CorpusManifest
 from yxanul_nemo.config.changes import shown
 from yxanul_nemo.config.data import SourceConfig
 from yxanul_nemo.config.load import to_yaml
@@ -50,7 +51,7 @@ def run_page(run: Run, charts: Mapping[str, Chart], samples: list[Sample]) -> st
             else []
         ),
         Section("gradients", "Gradients", _gradient_note(run), _some(charts, "gradients")),
-        Section("data", "Data", "", _some(charts, "sources"), [_data_table(run)] if run.manifest else []),
+        Section("data", "Data", "", _some(charts, "sources"), [_data_table(run, run.manifest)] if run.manifest else []),
         Section(
             "samples",
             "Samples",
@@ -58,7 +59,7 @@ def run_page(run: Run, charts: Mapping[str, Chart], samples: list[Sample]) -> st
             if by_phase
             else "None yet: they are made from the checkpoints at the ends of phases.",
         ),
-        Section("environment", "Environment", "", (), [_checkpoints_table(run)] if run.exported else []),
+        Section("environment", "Environment", "", (), [_checkpoints_table(run.exported)] if run.exported else []),
     ]
     return render(
         "run.html",
@@ -110,8 +111,9 @@ def plan_table(run: Run) -> Table:
             clock(done.training_seconds) if done and done.training_seconds else NONE,
         ]
         if has_memory:
-            real = run.of_phase(phase.number, "peak_memory_bytes")
-            row += [f"{forecast.memory_bytes / GIB:.1f} GiB", f"{real.max() / GIB:.1f} GiB" if len(real) else NONE]
+            planned, real = forecast and forecast.memory_bytes, run.of_phase(phase.number, "peak_memory_bytes")
+            row.append(f"{planned / GIB:.1f} GiB" if planned else NONE)
+            row.append(f"{real.max() / GIB:.1f} GiB" if len(real) else NONE)
         if has_mfu:
             mfu = run.median(phase.number, "mfu")
             row.append(f"{mfu:.1%}" if mfu is not None else NONE)
@@ -169,9 +171,9 @@ def _some(charts: Mapping[str, Chart], *names: str) -> list[Chart]:
 
 
 def _validation_note(run: Run) -> str:
-    if not run.validations:
-        return "Not validated yet: that is done at the end of each phase."
     last = run.last_validation
+    if last is None:
+        return "Not validated yet: that is done at the end of each phase."
     return (
         f"Scored in windows of {last['eval_len_tokens']} tokens that move by {last['stride_tokens']}, the same after every phase. "
         "The surprise ratio is a domain's bits per byte over the mean of all."
@@ -216,14 +218,16 @@ def _gradient_note(run: Run) -> str:
 
 def _origin(source: SourceConfig) -> str:
     """Where a source's text is from."""
-    return source.path or f"{source.hub.repo}, {source.hub.files}"
+    if source.path is None and source.hub is not None:
+        return f"{source.hub.repo}, {source.hub.files}"
+    return source.files
 
 
-def _data_table(run: Run) -> Table:
+def _data_table(run: Run, manifest: CorpusManifest) -> Table:
     read = run.ledger.tokens_per_source if run.ledger else {}
     rows = []
     for name in run.config.data.source_names:
-        source = run.manifest.sources.get(name)
+        source = manifest.sources.get(name)
         if source is None:
             continue
         there, taken = source.tokens("train"), read.get(name, 0)
@@ -245,12 +249,12 @@ def _data_table(run: Run) -> Table:
     return Table(header, rows, left=(0, 1), wrap=(1,))
 
 
-def _checkpoints_table(run: Run) -> Table:
+def _checkpoints_table(exported: Mapping[str, Any]) -> Table:
     rows = [
         [name, f"{parity['max_logit_difference']:.2g}", f"{parity['equal_greedy_tokens']}"]
-        for name, parity in (run.exported.get("parity") or {}).items()
+        for name, parity in (exported.get("parity") or {}).items()
     ]
-    title = f"Exports of {run.exported.get('checkpoint', '')}, compared with the checkpoint"
+    title = f"Exports of {exported.get('checkpoint', '')}, compared with the checkpoint"
     return Table(["export", "largest logit difference", "equal greedy tokens"], rows, title=title)
 
 

@@ -1,5 +1,6 @@
 """`stage=report`: a page about one run, or one that compares several."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from yxanul_nemo.config.run import RunConfig
@@ -12,6 +13,7 @@ from yxanul_nemo.report.comparison import comparison_charts, comparison_page, di
 from yxanul_nemo.report.gather import read_run
 from yxanul_nemo.report.samples import read_or_make_samples
 from yxanul_nemo.report.single import run_page
+from yxanul_nemo.report.style import Chart
 
 PAGE_NAME = "index.html"
 
@@ -51,7 +53,7 @@ def _compare(config: RunConfig) -> Path:
         return _write(folder, comparison_page(runs, made), made)
 
 
-def _write(folder: Path, page: str, made: dict) -> Path:
+def _write(folder: Path, page: str, made: Mapping[str, Chart]) -> Path:
     for chart in made.values():
         chart.save(folder)
     path = folder / PAGE_NAME

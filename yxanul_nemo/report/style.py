@@ -6,6 +6,7 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -24,7 +25,7 @@ WIDTH_INCHES = 10.0
 PNG_DPI = 144
 MAX_POINTS = 1200
 """Of one line in a chart; more cannot be seen."""
-SETTINGS = {
+SETTINGS: dict[Any, object] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.edgecolor": "#d1d5db",

@@ -71,6 +71,7 @@ def domain_texts(config: RunConfig) -> dict[str, list[str]]:
 
 
 def _heldout_ids(config: RunConfig, manifest: CorpusManifest, domain: DomainConfig) -> Iterator[np.ndarray]:
+    assert domain.source is not None, "a domain without a file"
     count = 0
     for prefix in manifest.prefixes(config.data_dir, domain.source, "heldout"):
         shard = IndexedTokens(prefix)

@@ -76,6 +76,7 @@ def texts(config: ValidationConfig, name: str, domain: DomainConfig) -> Iterator
 
 def file_of(config: ValidationConfig, where: str, domain: DomainConfig) -> Path:
     """The file of such a domain; UserError, which names the key `where`, if it is absent."""
+    assert domain.path is not None, "a domain without a source"
     path = config.dir / domain.path
     if not path.is_file():
         raise UserError(

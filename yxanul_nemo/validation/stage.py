@@ -12,8 +12,9 @@ from torch import Tensor
 
 from data_prep.corpus.manifest import CorpusManifest, load_manifest
 from data_prep.tokenizers.tokenizer import Tokenizer
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.restore import restore_model
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import SHORTEST_CONTEXT_CHUNK
 from yxanul_nemo.curriculum.phases import plan_phases

@@ -33,7 +33,7 @@ class TokenCache:
         if (kept := _read(path)) is not None:
             return kept
         documents = list(make())
-        parts = {
+        parts: dict[str, np.ndarray] = {
             "ids": np.concatenate([np.empty(0, np.int64), *(d.ids for d in documents)]).astype(np.int32),
             "tokens": np.array([len(d.ids) for d in documents], dtype=np.int64),
             "text_bytes": np.array([d.text_bytes for d in documents], dtype=np.int64),

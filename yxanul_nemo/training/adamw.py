@@ -11,6 +11,14 @@ from yxanul_nemo.training.flat_parameters import Part
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+class _ScalingAdamW(torch.optim.AdamW):
+    """torch's fused optimizers divide gradients by `grad_scale` and do nothing where `found_inf` is 1 (the contract that
+    torch.amp.GradScaler uses with them), so clipping and skipping cost no pass over the gradients of their own."""
+
+    grad_scale: Tensor
+    found_inf: Tensor
+
+
 class AdamW:
     """torch's fused AdamW (decoupled weight decay, arXiv:1711.05101) over some parts of a model.
 
@@ -27,7 +35,7 @@ class AdamW:
             {"params": [m for m in mains if m.dim() > 1], "weight_decay": optim.weight_decay},
             {"params": [m for m in mains if m.dim() <= 1], "weight_decay": 0.0},
         ]
-        self.adamw = torch.optim.AdamW(
+        self.adamw = _ScalingAdamW(
             groups,
             lr=self.lr,
             betas=(optim.beta1, optim.beta2),
@@ -48,8 +56,6 @@ class AdamW:
 
     def update(self, grad_scale: Tensor, applied: Tensor) -> None:
         """One update by the gradients over `grad_scale`; nothing where not `applied`. Both are scalars on the device."""
-        # torch's fused optimizers divide gradients by grad_scale and do nothing where found_inf is 1 (the contract that
-        # torch.amp.GradScaler uses with them), so clipping and skipping cost no pass over the gradients of their own.
         self.adamw.grad_scale, self.adamw.found_inf = grad_scale, (~applied).float()
         for part in self.parts:
             part.main.grad = part.grad

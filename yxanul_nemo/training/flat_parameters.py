@@ -12,6 +12,7 @@ inside rows (megatron-core 0.19, param_and_grad_buffer): here CPUs and GPUs do t
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -164,15 +165,15 @@ class _Bucket:
         autograd no gradient.
         """
 
-        def add(param: Parameter) -> None:
+        def add(grad: Tensor, param: Tensor) -> None:
             # torch 2.11 also calls when a backward pass gave no gradient, having added it itself.
             if param.grad is not None:
-                param.main_grad.add_(param.grad)
+                grad.add_(param.grad)
                 param.grad = None
 
         for param, grad in zip(self.params, self.grad_views, strict=True):
-            param.main_grad = grad
-            param.register_post_accumulate_grad_hook(add)
+            param.main_grad = grad  # type: ignore[attr-defined]  # Megatron-core's name
+            param.register_post_accumulate_grad_hook(partial(add, grad))
 
     def reduce(self) -> None:
         """Sum over the ranks."""

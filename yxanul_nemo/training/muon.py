@@ -76,7 +76,7 @@ class Muon:
             by_param: what Megatron-core says of each parameter, by the parameter's id.
             is_shared: whether other data-parallel ranks have other matrices, and not the same ones.
         """
-        state = {}
+        state: dict[str, Any] = {}
         for kind in self.kinds:
             if kind.neuron_squares_NW is None:
                 continue

@@ -10,6 +10,7 @@ import argparse
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
     return [((a - b).norm() / b.norm()).item() for a, b in zip(found, expected, strict=True)]
 
 
-def measure(attention: Attention, seq_len: int, tokens: int) -> dict[str, object]:
+def measure(attention: Attention, seq_len: int, tokens: int) -> dict[str, Any]:
     """Microseconds and errors at one length."""
     generator = torch.Generator("cuda").manual_seed(seq_len)
     windows = tokens // seq_len

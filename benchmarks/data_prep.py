@@ -43,7 +43,7 @@ DOCUMENTS_PER_BATCH = 1000
 class Clock:
     """Wall time and processor time of this process and of those it waited for, in seconds."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._start = self._now()
 
     def stop(self) -> dict[str, float]:
@@ -153,6 +153,10 @@ def _megatron_tokenizer(folder: Path) -> Any:
     from megatron.core.tokenizers import MegatronTokenizer
 
     return MegatronTokenizer.from_pretrained(tokenizer_path=str(folder), metadata_path={"library": "huggingface"})
+
+
+encoder: Any
+"""Megatron's tokenizer, in a worker of `multiprocessing.Pool`."""
 
 
 def _start_encoder(folder: Path) -> None:

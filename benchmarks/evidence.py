@@ -157,7 +157,8 @@ class Pool:
 def summarize(run: Run) -> dict[str, Any]:
     """What is kept of a run: its curves, thinned, and what it ended with."""
     config = run.config
-    vocab_size = run.manifest.vocab_size
+    assert run.manifest is not None, "a run that was trained has its corpus"
+    vocab_size, sources = run.manifest.vocab_size, run.manifest.sources.values()
     validations = [
         {"tokens": tokens} | _bits(json.loads(path.read_text(encoding="utf-8")))
         for tokens, path in in_phase_results(run.run_dir)
@@ -176,8 +177,7 @@ def summarize(run: Run) -> dict[str, Any]:
         "embedding_init_std": config.model.embedding_init_std,
         "seed": config.run.seed,
         "vocab_size": vocab_size,
-        "bytes_per_token": sum(s.text_bytes("train") for s in run.manifest.sources.values())
-        / sum(s.tokens("train") for s in run.manifest.sources.values()),
+        "bytes_per_token": sum(s.text_bytes("train") for s in sources) / sum(s.tokens("train") for s in sources),
         "phases": [
             {
                 "seq_len": phase.seq_len,

@@ -14,6 +14,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +24,16 @@ from triton.testing import do_bench
 
 from yxanul_nemo.kernels.linear_cross_entropy import linear_cross_entropy
 
+if TYPE_CHECKING:
+    from yxanul_nemo.model.gpt import YxanulGPT
 
-def make_inputs(kind: str, tokens: int, rows: int, inner: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
+HeadInputs = tuple[Tensor, Tensor, Tensor]
+"""z[T, R], table E[V, R] and labels[T]."""
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Loss of each token, from the head's inputs."""
+
+
+def make_inputs(kind: str, tokens: int, rows: int, inner: int, vocab_size: int) -> HeadInputs:
     """Inputs of a head whose logits are nearly flat, random with deviation 4, or like a trained model's.
 
     The last kind adds to random logits of deviation 2 the logarithm of a Zipf distribution over the vocabulary, held by
@@ -43,7 +52,7 @@ def make_inputs(kind: str, tokens: int, rows: int, inner: int, vocab_size: int) 
     return z_TR.bfloat16().requires_grad_(), e_VR.bfloat16().requires_grad_(), labels_T
 
 
-def trained_inputs(run_dir: Path, tokens: int) -> tuple[tuple[Tensor, Tensor, Tensor], int]:
+def trained_inputs(run_dir: Path, tokens: int) -> tuple[HeadInputs, int]:
     """What the head of a run's newest checkpoint gets from the first windows of its corpus, and the vocabulary's size."""
     # Megatron-core and its like take long to import and are not needed for made inputs.
     from data_prep.corpus.manifest import load_manifest
@@ -70,7 +79,7 @@ def trained_inputs(run_dir: Path, tokens: int) -> tuple[tuple[Tensor, Tensor, Te
     return head_inputs(model, ids_BT, labels_BT), manifest.vocab_size
 
 
-def head_inputs(model: torch.nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def head_inputs(model: "YxanulGPT", ids_BT: Tensor, labels_BT: Tensor) -> HeadInputs:
     """What the head of a model gets for these windows: z[T, R] of all tokens, its table E[V, R], and labels[T]."""
     from megatron.core.models.gpt.gpt_model import GPTModel
 
@@ -83,11 +92,11 @@ def head_inputs(model: torch.nn.Module, ids_BT: Tensor, labels_BT: Tensor) -> tu
     return z_TR.detach().requires_grad_(), e_VR.detach().clone().requires_grad_(), labels_BT.reshape(-1)
 
 
-def variants(vocab_size: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def variants(vocab_size: int) -> dict[str, Loss]:
     """Loss of each token by name; peers only where their package is installed."""
-    found = {
-        impl: lambda z, e, y, impl=impl: linear_cross_entropy(z, e, y, vocab_size=vocab_size, impl=impl)
-        for impl in ("triton", "torch")
+    found: dict[str, Loss] = {
+        "triton": lambda z, e, y: linear_cross_entropy(z, e, y, vocab_size=vocab_size, impl="triton"),
+        "torch": lambda z, e, y: linear_cross_entropy(z, e, y, vocab_size=vocab_size, impl="torch"),
     }
     try:
         from cut_cross_entropy import linear_cross_entropy as cut
@@ -96,12 +105,12 @@ def variants(vocab_size: int) -> dict[str, Callable[[Tensor, Tensor, Tensor], Te
     return {**found, "cut-cross-entropy": lambda z, e, y: cut(z, e[:vocab_size], y, reduction="none")}
 
 
-def measure(loss_of: Callable, inputs: tuple[Tensor, Tensor, Tensor], expected: list[Tensor], repeat_ms: int) -> dict:
+def measure(loss_of: Loss, inputs: HeadInputs, expected: list[Tensor], repeat_ms: int) -> dict[str, float]:
     """Times, peak memory above the inputs and errors of one variant."""
     z_TR, e_VR, _ = inputs
     g_T = torch.full((z_TR.shape[0],), 1 / z_TR.shape[0], device=z_TR.device)
 
-    def step() -> tuple[Tensor, Tensor, Tensor]:
+    def step() -> tuple[Tensor, ...]:
         loss_T = loss_of(*inputs)
         return loss_T, *torch.autograd.grad(loss_T, (z_TR, e_VR), g_T.to(loss_T.dtype))
 
@@ -109,7 +118,7 @@ def measure(loss_of: Callable, inputs: tuple[Tensor, Tensor, Tensor], expected: 
         with torch.no_grad():
             return loss_of(*inputs)
 
-    def median_ms(function: Callable) -> float:
+    def median_ms(function: Callable[[], object]) -> float:
         return do_bench(function, warmup=repeat_ms // 4, rep=repeat_ms, return_mode="median")
 
     found = step()
@@ -147,7 +156,7 @@ def main() -> None:
 
     square = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
     matmul_ms = do_bench(lambda: square @ square, rep=arguments.repeat_ms, return_mode="median")
-    report = {
+    report: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
         "versions": {"torch": torch.__version__, "triton": triton.__version__},
         "tokens": arguments.tokens,
@@ -158,7 +167,7 @@ def main() -> None:
         "results": [],
     }
     print({key: value for key, value in report.items() if key != "results"})
-    made = {
+    made: dict[str, tuple[Callable[[], HeadInputs], int]] = {
         kind: (partial(make_inputs, kind, arguments.tokens, arguments.rows, arguments.inner, vocab_size), vocab_size)
         for kind in arguments.logits
     }
@@ -168,7 +177,8 @@ def main() -> None:
     for kind, (inputs_of, vocab_size) in made.items():
         inputs = inputs_of()
         doubles = [x.detach().double().requires_grad_() for x in inputs[:2]]
-        loss_T = linear_cross_entropy(*doubles, inputs[2], vocab_size=vocab_size, impl="torch")
+        z_TR, e_VR = doubles
+        loss_T = linear_cross_entropy(z_TR, e_VR, inputs[2], vocab_size=vocab_size, impl="torch")
         expected = [loss_T.detach(), *torch.autograd.grad(loss_T.mean(), doubles)]
         for name, loss_of in variants(vocab_size).items():
             result = measure(loss_of, inputs, expected, arguments.repeat_ms)

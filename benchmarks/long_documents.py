@@ -22,13 +22,6 @@ from rich.table import Table
 from data_prep.tokenizers.tokenizer import Tokenizer
 
 LENGTHS = (600_000, 4_000_000, 16_000_000)
-KINDS: dict[str, Callable[[int], str]] = {
-    "digits": lambda length: "".join(random.Random(0).choices("0123456789", k=length)),
-    "words": lambda length: (" ".join(random.Random(0).choices(WORDS, k=length // 4)) + " " * length)[:length],
-    "letters": lambda length: "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=length)),
-    "one letter": lambda length: "a" * length,
-    "spaces": lambda length: " " * length,
-}
 WORDS = (
     "the",
     "of",
@@ -46,6 +39,13 @@ WORDS = (
     "(see)",
     "\n",
 )
+KINDS: dict[str, Callable[[int], str]] = {
+    "digits": lambda length: "".join(random.Random(0).choices("0123456789", k=length)),
+    "words": lambda length: (" ".join(random.Random(0).choices(WORDS, k=length // 4)) + " " * length)[:length],
+    "letters": lambda length: "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=length)),
+    "one letter": lambda length: "a" * length,
+    "spaces": lambda length: " " * length,
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -74,12 +74,12 @@ def main(arguments: list[str]) -> int:
     return 0 if sum("error" not in row for row in rows) == wanted else 1
 
 
-def wait(process: subprocess.Popen, deadline: float) -> None:
+def wait(process: subprocess.Popen[bytes], deadline: float) -> None:
     """Until it ends or there is no time left."""
     try:
         process.wait(max(1.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
-        print(f"{process.args[-1]}: no time left", file=sys.stderr)
+        print(f"{process.args!r}: no time left", file=sys.stderr)
         # torchrun passes this on to its ranks.
         process.terminate()
         process.wait()
@@ -95,7 +95,7 @@ def measure_layouts(options: argparse.Namespace) -> None:
     from yxanul_nemo.config.load import compose, parse
     from yxanul_nemo.log import configure_logging
     from yxanul_nemo.machine.gpus import rank_and_processes
-    from yxanul_nemo.machine.runtime import leave_process_groups, resolve_device
+    from yxanul_nemo.machine.runtime import formats_of, leave_process_groups, resolve_device
 
     configure_logging()
     rank, processes = rank_and_processes()
@@ -109,7 +109,7 @@ def measure_layouts(options: argparse.Namespace) -> None:
             config = parse(compose(settings))
             data_ranks = processes // (config.parallel.tensor_parallel * config.parallel.context_parallel)
             corpus, device = Corpus(config), resolve_device(config.parallel)
-            (case,) = bench_cases(config, (config.precision.name,), data_ranks)
+            (case,) = bench_cases(config, formats_of(config.precision, config.parallel, device)[:1], data_ranks)
             row: dict[str, Any] = {"layout": name, "gpus": processes, "seq_len": seq_len, "settings": settings}
             row |= {"tokens_per_step": case.phase.tokens_per_step, "accumulation": case.accumulation}
             row |= {"micro_batch_tokens": case.micro_batch_tokens}
@@ -118,7 +118,7 @@ def measure_layouts(options: argparse.Namespace) -> None:
             except Exception as error:  # noqa: BLE001 - the other layouts may still run
                 row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
             else:
-                sent = [seconds for kernel, seconds, _ in result.kernels if "nccl" in kernel.lower()]
+                sent = [seconds for kernel, seconds, _ in result.kernels or () if "nccl" in kernel.lower()]
                 row |= {
                     "tokens_per_second": case.phase.tokens_per_step / result.median_seconds,
                     "step_seconds_median": result.median_seconds,

@@ -49,8 +49,8 @@ def check_machine(config: RunConfig) -> bool:
             logger.info("this recipe cannot run here: precision %s %s", name, results[name])
             return False
     missing = missing_needs(config)
-    for error in missing:
-        logger.info("this recipe cannot run yet: %s", error)
+    for problem in missing:
+        logger.info("this recipe cannot run yet: %s", problem)
     if not missing:
         logger.info("this recipe can run here")
     return not missing

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections import deque
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.launch.display import TaskDisplay
@@ -33,6 +33,18 @@ ENDING_SECONDS = 30.0
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
+class ToldProcess(subprocess.Popen[bytes]):
+    """A process that is told its tasks on its standard input, a pipe."""
+
+    stdin: IO[bytes]
+
+
+class Worker(ToldProcess):
+    """One whose output comes through a pipe, too."""
+
+    stdout: IO[bytes]
+
+
 class Workers:
     """Runs tasks one after another in processes that stay from one to the next.
 
@@ -50,7 +62,7 @@ class Workers:
         self.last_lines: deque[str] = deque(maxlen=20)
         self._config, self._lock_fd, self._signals = config, lock_fd, signals
         self._in_job = config.cluster.scheduler == "slurm"
-        self._waiting: dict[int, subprocess.Popen] = {}
+        self._waiting: dict[int, Worker] = {}
         """Processes that wait for a task, by their ranks."""
         self._log_failed = False
 
@@ -123,7 +135,7 @@ class Workers:
                 process.wait(ENDING_SECONDS)
             _end(process)
 
-    def _start(self, task: Task) -> subprocess.Popen:
+    def _start(self, task: Task) -> Worker:
         ranks = self._ranks(task)
         worker = [str(self._config.run.dir), *(f"--callback={path}" for path in self._config.callbacks)]
         if self._in_job:
@@ -134,7 +146,7 @@ class Workers:
             command = [sys.executable, "-m", WORKER, *worker]
         threads = threads_per_process(self._config, min(ranks, process_count(self._config)))
         launcher = os.getpid()
-        return subprocess.Popen(
+        return Worker(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -148,7 +160,7 @@ class Workers:
             preexec_fn=lambda: end_with_parent(launcher),
         )
 
-    def _follow(self, process: subprocess.Popen, log_file: BinaryIO, display: TaskDisplay, ranks: int) -> list[int]:
+    def _follow(self, process: Worker, log_file: BinaryIO, display: TaskDisplay, ranks: int) -> list[int]:
         """Pass output on until all ranks have done the task and wait for the next one, else to its end; what was said of ends."""
         begun, ends = 0, []
         for line in process.stdout:
@@ -188,7 +200,7 @@ def end_with_parent(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _let_save(process: subprocess.Popen) -> None:
+def _let_save(process: Worker) -> None:
     """End a worker that nobody follows any more: what it has trained it saves, and what it says goes into its log."""
     process.stdout.close()
     process.terminate()
@@ -199,7 +211,7 @@ def _let_save(process: subprocess.Popen) -> None:
     _end(process)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: Worker) -> None:
     """Kill a worker at once; the ranks of a group get SIGTERM by that, and save."""
     process.kill()
     process.wait()

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from yxanul_nemo.launch.processes import WORKER, end_with_parent
+from yxanul_nemo.launch.processes import WORKER, ToldProcess, end_with_parent
 from yxanul_nemo.machine.surroundings import free_port
 
 GRACE_SECONDS = 30
@@ -44,7 +44,7 @@ class Ranks:
         }
         parent = os.getpid()
         self._processes = [
-            subprocess.Popen(
+            ToldProcess(
                 [sys.executable, "-m", WORKER, *arguments],
                 stdin=subprocess.PIPE,
                 env=os.environ | {name: str(value) for name, value in (shared | {"RANK": i, "LOCAL_RANK": i}).items()},

@@ -202,7 +202,8 @@ class _Speeds:
 
     def __init__(self, config: RunConfig, phases: list[Phase], done: dict[int, PhaseDone]):
         self.config, self.done = config, done
-        measured = [phase for phase in phases if phase.number in done and done[phase.number].tokens_per_second_median]
+        speeds = {number: phase_done.tokens_per_second_median for number, phase_done in done.items()}
+        measured = [(phase, speed) for phase in phases if (speed := speeds.get(phase.number))]
         self.latest = measured[-1] if measured else None
         self.vocab_size = load_manifest(config.data_dir).vocab_size if self.latest else 0
 
@@ -212,9 +213,8 @@ class _Speeds:
             return own, False
         if self.latest is None:
             return None, True
-        return self.done[self.latest.number].tokens_per_second_median * self._flops(self.latest) / self._flops(
-            phase
-        ), True
+        latest, speed = self.latest
+        return speed * self._flops(latest) / self._flops(phase), True
 
     def _flops(self, phase: Phase) -> float:
         return training_flops_per_token(self.config.model, self.vocab_size, phase.seq_len)
@@ -224,7 +224,7 @@ def _table(rows: list[Row]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_footer=True)
     trained, planned = sum(row.tokens for row in rows), sum(row.planned_tokens or 0 for row in rows)
     left = [row.seconds_left for row in rows if row.planned_tokens]
-    known = all(seconds is not None for seconds in left)
+    known = [seconds for seconds in left if seconds is not None]
     rough = "~" if any(row.is_estimate and row.seconds_left for row in rows) else ""
     table.add_column("task", "all", justify="left")
     table.add_column("seq len", justify="right")
@@ -233,7 +233,7 @@ def _table(rows: list[Row]) -> Table:
     table.add_column("tokens", f"{trained:,} of {planned:,}", justify="right")
     table.add_column("done", f"{trained / planned:.0%}", justify="right")
     table.add_column("tokens/s", justify="right")
-    table.add_column("time left", f"{rough}{_duration(sum(left))}" if known else "", justify="right")
+    table.add_column("time left", f"{rough}{_duration(sum(known))}" if len(known) == len(left) else "", justify="right")
     for row in rows:
         of = f"{row.tokens:,} of {row.planned_tokens:,}" if row.planned_tokens else ""
         share = f"{row.tokens / row.planned_tokens:.0%}" if row.planned_tokens else ""

@@ -45,7 +45,7 @@ def main() -> int:
     try:
         config = job.load()
         job.note("running")
-        run_here(config, config.stage, Task.named(arguments.after) if arguments.after else None)
+        run_here(config, [job.stage], Task.named(arguments.after) if arguments.after else None)
     except UserError as error:
         return job.failed(str(error), 2)
     except StageFailed as error:
@@ -70,21 +70,24 @@ class RunningJob:
     callbacks: Sequence[str] = ()
     """Import paths of the user's callbacks, which no file of the run holds."""
 
+    @property
+    def stage(self) -> str:
+        """The stage that the task is part of."""
+        return self.task.kind
+
     def load(self) -> RunConfig:
         """The chain's configuration, with the stage that this job is for."""
         config = load_run_config(RunFolder(self.run_dir).slurm_config)
-        train = self.task.kind == "train"
-        choice = {"stage": ["train" if train else self.task.kind], "phases": self.task.phase if train else None}
-        choice["callbacks"] = list(self.callbacks)
+        choice: dict[str, Any] = {"stage": [self.stage], "callbacks": list(self.callbacks)}
+        choice["phases"] = self.task.phase if self.stage == "train" else None
         self.config = config.model_copy(update=choice)
         return self.config
 
     def note(self, state: str, message: str = "") -> JobNote:
         """Keep how the job stands."""
         before = JobNote.read(self.run_dir, self.task.name)
-        same_job = before is not None and before.job_id == self.job_id
         note = JobNote(self.job_id, state, socket.gethostname(), time.time(), message)
-        if same_job:
+        if before is not None and before.job_id == self.job_id:
             note = replace(note, progress=before.progress, idle_restarts=before.idle_restarts)
         note.write(self.run_dir, self.task.name)
         return note

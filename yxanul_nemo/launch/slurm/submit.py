@@ -72,7 +72,7 @@ def check_cluster(config: RunConfig) -> None:
             f"a number of processes that {model_ranks} divides",
         )
     # Where the ranks' memory decides the micro-batch, any one tells whether a step can be shared.
-    most_tokens = with_micro_batch(config, vocab_size=1, memory_bytes=None).parallel.micro_batch_tokens
+    most_tokens = with_micro_batch(config, vocab_size=1, memory_bytes=None).parallel.fixed_micro_batch_tokens
     for phase in phases:
         batch_layout(phase, ranks // model_ranks, most_tokens, config.precision.token_multiple)
     image = cluster.container.image

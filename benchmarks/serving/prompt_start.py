@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from yxanul_nemo.config.load import load_run_config
-from yxanul_nemo.evaluation.llama_loss import LlamaLoss
+from yxanul_nemo.export.llama import LlamaLoss
 from yxanul_nemo.export.source import load_source
 from yxanul_nemo.validation.domains import domain_texts
 

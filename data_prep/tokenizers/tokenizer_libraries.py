@@ -178,7 +178,9 @@ class TokenizersLibrary:
 
     def write(self, folder: Path, first_token: str | None = None) -> None:
         if first_token is not None:
-            self._tokenizer.post_processor = _template(first_token, self._tokenizer.token_to_id(first_token))
+            token_id = self._tokenizer.token_to_id(first_token)
+            assert token_id is not None, f"{first_token} is a token of this vocabulary"
+            self._tokenizer.post_processor = _template(first_token, token_id)
         try:
             self._tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
         finally:

@@ -20,8 +20,8 @@ from yxanul_nemo.checkpoint.snapshot import HEADER_KEY, HostSnapshot
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.sharding import block_shape, sharded_tensors
-from yxanul_nemo.safetensors_files import open_safetensors
 from yxanul_nemo.stored import Stored
+from yxanul_nemo.unpacking.safe_weights import open_safetensors
 
 DISPENSABLE = ("fp8.attention.", "guard.", "rng.")
 """Beginnings of the names of state that a run can begin anew where its checkpoint has none, because it is new to the run: scales

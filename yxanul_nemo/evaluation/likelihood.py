@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from yxanul_nemo.evaluation.llama_loss import LlamaLoss
 from yxanul_nemo.evaluation.questions import Question
+from yxanul_nemo.export.llama import LlamaLoss
 from yxanul_nemo.export.source import Loaded
 from yxanul_nemo.validation.scoring import IGNORE_INDEX, PAD_MULTIPLE
 

@@ -11,7 +11,7 @@ from data_prep.tokenizers.tokenizer import Tokenizer
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.errors import UserError
-from yxanul_nemo.evaluation.llama_loss import LlamaLoss
+from yxanul_nemo.export.llama import LlamaLoss
 from yxanul_nemo.export.source import load_source
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger

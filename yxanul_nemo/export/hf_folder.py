@@ -16,7 +16,7 @@ from yxanul_nemo.export.llama_shape import LlamaShape
 from yxanul_nemo.files import fingerprint, sha256_file
 from yxanul_nemo.json_files import read_json, read_json_object
 from yxanul_nemo.model.whole_weights import require_shapes, require_weights
-from yxanul_nemo.safetensors_files import open_safetensors
+from yxanul_nemo.unpacking.safe_weights import open_safetensors
 
 CONFIG_NAME, WEIGHTS_NAME, INDEX_NAME = "config.json", "model.safetensors", "model.safetensors.index.json"
 NUMBER_FORMATS = ("F64", "F32", "F16", "BF16")

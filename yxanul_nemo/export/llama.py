@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.generation.streamers import BaseStreamer
@@ -14,6 +15,8 @@ from transformers.utils import logging as transformers_logging
 from yxanul_nemo.export.llama_shape import LlamaShape
 from yxanul_nemo.export.modeling_yxanul import YxanulConfig, YxanulForCausalLM
 from yxanul_nemo.model.whole_weights import require_weights
+
+CHUNK_LOGITS_BYTES = 256 << 20
 
 
 def build_llama(
@@ -71,6 +74,27 @@ def generate_ids(
         return model.generate(prompts_BT, attention_mask=mask_BT, streamer=streamer)  # type: ignore[misc, return-value]  # see above
     finally:
         model.generation_config = kept
+
+
+class LlamaLoss:
+    """(ids_BT, labels_BT) -> loss_BT in FP32, as `validation.scoring.LossFunction`; labels are the token after each of `ids_BT`.
+
+    Logits never exist for [tokens, vocabulary] as a whole.
+    """
+
+    def __init__(self, model: LlamaForCausalLM):
+        self._model = model
+        self._rows = max(1, CHUNK_LOGITS_BYTES // (4 * model.config.vocab_size))
+
+    def __call__(self, ids_BT: Tensor, labels_BT: Tensor) -> Tensor:
+        """The loss where a label is given; 0 where it is -100."""
+        # Padding stands at the end, where causal attention does not look.
+        hidden_BTH = self._model.model(ids_BT, use_cache=False).last_hidden_state
+        rows = zip(hidden_BTH.flatten(0, 1).split(self._rows), labels_BT.flatten().split(self._rows), strict=True)
+        losses = [
+            F.cross_entropy(self._model.lm_head(hidden).float(), labels, reduction="none") for hidden, labels in rows
+        ]
+        return torch.cat(losses).view(labels_BT.shape)
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from yxanul_nemo.model.whole_weights import require_weights, weight_shapes
 from yxanul_nemo.run_folder import TOKENIZER_RECORD
 from yxanul_nemo.stored import Stored, first_problem
 from yxanul_nemo.unpacking.safe_config import MAX_CONFIG_BYTES, read_config
-from yxanul_nemo.unpacking.safe_pickle import pickled_problems
 from yxanul_nemo.unpacking.safe_tar import safe_extract
+from yxanul_nemo.unpacking.safe_weights import pickled_problems
 
 TARGET = "yxanul_nemo.model.nemo_model.YxanulModel"
 CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"

@@ -1,4 +1,5 @@
-"""What a file by `torch.save` says, looked through before `torch.load(weights_only=True)` reads it.
+"""Files of weights that somebody else may have made: what one by `torch.save` says, looked through before
+`torch.load(weights_only=True)` reads it, and safetensors with a header of bounded size.
 
 torch's restricted unpickler runs no code of the file's, but it makes what the file asks for: buffers of any size, tuples inside
 tuples whose hash takes for ever, tensors of many kinds. Weights need two functions and the types of storage, and none of these.
@@ -9,9 +10,14 @@ import re
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
 
 MAX_PICKLE_BYTES = 8 << 20
 """Largest description of the tensors, at some 300 bytes for each."""
+MAX_HEADER_BYTES = 8 << 20
+"""Largest header: 20,000 tensors with long names. The library itself takes 100 MB, which fill gigabytes once they are objects."""
 NAMES = re.compile(
     r"torch [A-Za-z0-9]+Storage|torch\._utils _rebuild_tensor_v2|torch\._utils _rebuild_parameter|collections OrderedDict"
 )
@@ -66,3 +72,12 @@ def pickled_problems(path: Path) -> Iterator[str]:
         elif name not in OTHERS and name not in SHARED:
             yield f"has the instruction {name}"
         before = name
+
+
+def open_safetensors(path: Path) -> Any:
+    """Return `safe_open` of a file on the CPU for torch; `safetensors.SafetensorError`, OSError or ValueError if it is damaged."""
+    with open(path, "rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise ValueError(f"its header has {header_bytes:,} bytes, {MAX_HEADER_BYTES:,} are allowed")
+    return safe_open(path, framework="pt")

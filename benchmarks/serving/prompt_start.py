@@ -28,13 +28,13 @@ def main(run: Path) -> None:
     loss, tokenizer = LlamaLoss(loaded.model), loaded.tokenizer
     rows = []
     for texts in domain_texts(config).values():
-        for ids in tokenizer.encode_batch(texts):
-            if len(ids) >= RANGES[-1][1]:
-                ids = ids[: RANGES[-1][1]].tolist()
+        for whole in tokenizer.encode_batch(texts):
+            if len(whole) >= RANGES[-1][1]:
+                ids = whole[: RANGES[-1][1]].tolist()
                 behind_eos = loss(torch.tensor([[tokenizer.eos_id, *ids[:-1]]]), torch.tensor([ids]))[0, 1:]
                 alone = loss(torch.tensor([ids[:-1]]), torch.tensor([ids[1:]]))[0]
-                text_bytes = [len(tokenizer.decode(ids[begin:end]).encode()) for begin, end in RANGES]
-                rows.append((behind_eos.double().numpy(), alone.double().numpy(), text_bytes))
+                range_bytes = [len(tokenizer.decode(ids[begin:end]).encode()) for begin, end in RANGES]
+                rows.append((behind_eos.double().numpy(), alone.double().numpy(), range_bytes))
     print(f"{len(rows)} documents of at least {RANGES[-1][1]} tokens, {loaded.described}")
     print("tokens       behind EOS    alone    difference +- standard error (bits per byte)")
     for place, (begin, end) in enumerate(RANGES):

@@ -277,16 +277,16 @@ def _taking(ledger: Ledger, expected: Expected, found: Sequence[Difference]) -> 
         ChangeRecord(key=one.key, before=_json(one.before), now=_json(one.now), at_tokens=ledger.tokens_total)
         for one in found
     ]
-    changes: dict[str, Any] = {}
+    phases = ledger.phases
     if ledger.current is not None and ledger.phase <= len(expected.phases):
         plan = expected.phases[ledger.phase - 1]
-        changes = {
+        changes: dict[str, Any] = {
             name: getattr(plan, name) for name in PHASE_KEYS if getattr(plan, name) != getattr(ledger.current, name)
         }
         if "blend" in changes:
             # What the user says now counts, not what was made of what they said before.
             changes["adapted_blend"] = None
-    phases = (*ledger.phases[:-1], replaced(ledger.current, **changes)) if changes else ledger.phases
+        phases = (*phases[:-1], replaced(ledger.current, **changes))
     return replaced(ledger, **now, phases=phases, changes=(*ledger.changes, *kept))
 
 

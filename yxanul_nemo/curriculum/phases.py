@@ -72,7 +72,7 @@ def plan_phases(curriculum: CurriculumConfig) -> list[Phase]:
     return phases
 
 
-def total_tokens(phases: list[Phase]) -> int:
+def total_tokens(phases: Sequence[Phase]) -> int:
     """Tokens of the whole curriculum."""
     return sum(phase.tokens for phase in phases)
 

@@ -62,7 +62,8 @@ def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
     if read is None or own is None:
         return Asked(parse(compose(overrides, config_dirs)), [])
     asked = _changed(own, read, overrides, config_dirs)
-    found = setting_differences(*(settings_of(one, plan_phases(one.curriculum)) for one in (own, asked)))
+    there, here = (settings_of(one, plan_phases(one.curriculum)) for one in (own, asked))
+    found = setting_differences(there, here)
     said = [f"the settings are those of the run in {run_dir}"]
     named = ", ".join(map(str, found))
     if found and _is_looking(asked.stage):
@@ -127,7 +128,8 @@ def _run_dir(read: Sequence[Override], overrides: Sequence[str], config_dirs: Se
     ]
     try:
         composed = compose(about_place, config_dirs)
-        if re.search(r"\$\{(?!run\.name\})", str(OmegaConf.to_container(composed, resolve=False)["run"]["dir"])):
+        plain: Any = OmegaConf.to_container(composed, resolve=False)
+        if re.search(r"\$\{(?!run\.name\})", str(plain["run"]["dir"])):
             composed = compose(overrides, config_dirs)
         return Path(expanded(str(composed.run.dir)))
     except (OmegaConfBaseException, ValueError):

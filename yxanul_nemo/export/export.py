@@ -21,7 +21,7 @@ from yxanul_nemo.export.fold import llama_config, to_llama
 from yxanul_nemo.export.formats import model_card, write_hf, write_nemo
 from yxanul_nemo.export.gguf_file import load_gguf, write_gguf
 from yxanul_nemo.export.gguf_rules import require_expressible
-from yxanul_nemo.export.llama import load_folder
+from yxanul_nemo.export.llama import load_folder, moved
 from yxanul_nemo.export.parity import (
     check_parity,
     expect_folded_then_rounded,
@@ -141,9 +141,11 @@ class Exporter:
         )
         if "hf" in formats:
             expected = own if factorized else folded
-            parity[HF_NAME] = check_parity(HF_NAME, expected(), load_folder(folder / HF_NAME, factorized).to(device))
+            parity[HF_NAME] = check_parity(
+                HF_NAME, expected(), moved(load_folder(folder / HF_NAME, factorized), device)
+            )
         if "gguf" in formats:
-            parity[GGUF_NAME] = check_parity(GGUF_NAME, folded(), load_gguf(folder / GGUF_NAME).to(device))
+            parity[GGUF_NAME] = check_parity(GGUF_NAME, folded(), moved(load_gguf(folder / GGUF_NAME), device))
         if "nemo" in formats:
             parity[NEMO_NAME] = check_parity(NEMO_NAME, own(), load_nemo(folder / NEMO_NAME).to(device))
         return parity

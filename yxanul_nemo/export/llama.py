@@ -55,6 +55,12 @@ def load_folder(folder: Path, trust_own_code: bool = False) -> LlamaForCausalLM:
     return model.eval()
 
 
+def moved(model: LlamaForCausalLM, device: torch.device, dtype: torch.dtype | None = None) -> LlamaForCausalLM:
+    """Return `model.to(device, dtype)`, which transformers decorates so that its types no longer know it for a method."""
+    torch.nn.Module.to(model, device, dtype)
+    return model
+
+
 def greedy(model: LlamaForCausalLM, prompts_BT: Tensor, new_tokens: int) -> Tensor:
     """The most likely continuation [B, new_tokens]; the end of a document does not end it."""
     settings = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0)

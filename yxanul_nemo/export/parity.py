@@ -22,7 +22,7 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import factorized_config, llama_config, to_llama
-from yxanul_nemo.export.llama import build_llama, greedy
+from yxanul_nemo.export.llama import build_llama, greedy, moved
 from yxanul_nemo.model.gpt import YxanulGPT
 
 MAX_DIFFERENCE = 1e-4
@@ -166,7 +166,7 @@ def _as_llama(model: YxanulGPT, factorized: bool = False) -> LlamaForCausalLM:
     described = llama_config(shape, vocab_size, eos_id=0, pad_id=None, dtype="float32")
     if factorized:
         described = factorized_config(described, shape.embedding_rank)
-    return build_llama(weights, described).to(_device(model))
+    return moved(build_llama(weights, described), _device(model))
 
 
 def _with_greedy(llama: LlamaForCausalLM, prompts_BT: Tensor) -> Tensor:

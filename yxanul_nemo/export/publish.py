@@ -33,7 +33,7 @@ def list_files(folder: Path, paths: Iterable[Path] | None = None) -> dict[str, F
     }
 
 
-def list_and_sync(folder: Path) -> dict[str, dict[str, int | str]]:
+def list_and_sync(folder: Path) -> dict[str, FileRecord]:
     """Do `list_files` and `sync_folder`, for a thread beside other work."""
     files = list_files(folder)
     sync_folder(folder)

@@ -17,7 +17,7 @@ from yxanul_nemo.config.load import load_run_config
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.export.fold import llama_config, to_llama
 from yxanul_nemo.export.hf_folder import CONFIG_NAME, open_hf_folder
-from yxanul_nemo.export.llama import build_llama
+from yxanul_nemo.export.llama import build_llama, moved
 from yxanul_nemo.model.nemo_archive import open_archive
 from yxanul_nemo.run_folder import MODEL_SOURCES, RunFolder
 
@@ -55,8 +55,7 @@ def load_source(source: Path, checkpoint: str = "best", device: str = "auto") ->
         loaded = _from_checkpoint(CheckpointStore(source.parent).choose(source.name))
     else:
         raise UserError(source, "does not exist" if not source.exists() else "holds no model", MODEL_SOURCES)
-    dtype = torch.bfloat16 if target.type == "cuda" else torch.float32
-    loaded.model.to(target, dtype)  # type: ignore[arg-type]  # transformers decorates this method as if it were a function
+    moved(loaded.model, target, torch.bfloat16 if target.type == "cuda" else torch.float32)
     return loaded
 
 

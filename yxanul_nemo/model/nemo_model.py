@@ -46,7 +46,6 @@ from nemo.core import ModelPT  # noqa: E402
 from nemo.core.connectors.save_restore_connector import SaveRestoreConnector  # noqa: E402
 from nemo.utils import logging as nemo_logging  # noqa: E402
 
-
 _WEIGHTS_TO_COME: ContextVar[bool] = ContextVar("weights to come", default=False)
 
 

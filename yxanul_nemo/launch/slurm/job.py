@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import load_run_config

@@ -29,8 +29,7 @@ LAYOUTS = {
     "tensor": ("parallel.tensor_parallel=2",),
     "context": ("parallel.context_parallel=2",),
 }
-PRECISIONS = ("bf16", "fp8_hybrid", "bf16 optim=muon", "fp8_hybrid optim=muon")
-"""With the optimizer, where it is not AdamW."""
+PRECISIONS = ("bf16 optim=adamw", "fp8_hybrid optim=adamw", "bf16 optim=muon", "fp8_hybrid optim=muon")
 ALSO_IN_FP8 = ("data", "tensor", "context")
 CASES = [(layout, name) for layout in LAYOUTS for name in PRECISIONS if "bf16" in name or layout in ALSO_IN_FP8]
 SEQ_LEN, WINDOWS = 512, 16

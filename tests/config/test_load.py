@@ -137,17 +137,17 @@ def test_mistakes_in_what_a_recipe_has_are_named_by_that_recipe(override: str, h
 
 def test_a_folder_of_ones_own_has_options_like_conf(tmp_path: Path) -> None:
     for arguments in (["--config-dir", f"{tmp_path}"], [f"--config-dir={tmp_path}"], ["-cd", f"{tmp_path}"]):
-        assert config_dirs_in(["recipe=mine", *arguments, "optim.lr=1"]) == [tmp_path]
-    folder = tmp_path / "a folder, of mine"
+        assert config_dirs_in(["recipe=my_own", *arguments, "optim.lr=1"]) == [tmp_path]
+    folder = tmp_path / "a folder, of my_own"
     (folder / "recipe").mkdir(parents=True)
-    text = "# @package _global_\ndefaults:\n  - override /model: yxanul_197m\nrun:\n  name: mine\n"
-    (folder / "recipe" / "mine.yaml").write_text(text, encoding="utf-8")
-    config = parse(compose(["recipe=mine"], [folder]))
-    assert (config.run.name, config.model.name) == ("mine", "yxanul_197m")
+    text = "# @package _global_\ndefaults:\n  - override /model: yxanul_197m\nrun:\n  name: my_own\n"
+    (folder / "recipe" / "my_own.yaml").write_text(text, encoding="utf-8")
+    config = parse(compose(["recipe=my_own"], [folder]))
+    assert (config.run.name, config.model.name) == ("my_own", "yxanul_197m")
     for overrides, folders, words in (
-        (["recipe=min"], [folder], "Did you mean 'mine'?"),
-        (["recipe=mine", "optim.lrr=1"], [folder], "Did you mean 'optim.lr'?"),
-        (["recipe=mine"], [tmp_path / "absent"], "is not a folder"),
+        (["recipe=my_ow"], [folder], "Did you mean 'my_own'?"),
+        (["recipe=my_own", "optim.lrr=1"], [folder], "Did you mean 'optim.lr'?"),
+        (["recipe=my_own"], [tmp_path / "absent"], "is not a folder"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             compose(overrides, folders)

@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import PathText, PathValue, Section
+from yxanul_nemo.config.budget import BudgetConfig
 from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, SourceConfig, TokenizerConfig
@@ -50,6 +51,7 @@ class RunConfig(Section):
     validation: ValidationConfig
     logging: LoggingConfig = LoggingConfig()
     export: ExportConfig = ExportConfig()
+    budget: BudgetConfig = BudgetConfig()
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
     report: ReportConfig = ReportConfig()

@@ -60,7 +60,7 @@ def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
         return _branch(read, overrides, config_dirs)
     own = own_settings(run_dir) if run_dir is not None else None
     if read is None or own is None:
-        return Asked(parse(compose(overrides, config_dirs)), [])
+        return Asked(_whole(overrides, config_dirs), [])
     asked = _changed(own, read, overrides, config_dirs)
     there, here = (settings_of(one, plan_phases(one.curriculum)) for one in (own, asked))
     found = setting_differences(there, here)
@@ -143,7 +143,7 @@ def _changed(
     """Return a run's own settings with the command line's on top."""
     groups = _groups(config_dirs)
     if any(one.key_or_group == "recipe" for one in read):
-        return parse(compose(overrides, config_dirs))
+        return _whole(overrides, config_dirs, own)
     settings = own.model_dump(
         mode="json", by_alias=True, exclude={"from_" if name == "from" else name for name in OF_ONE_COMMAND}
     )
@@ -159,6 +159,26 @@ def _changed(
         elif one.key_or_group != "run.dir" and not one.key_or_group.startswith("hydra."):
             apply(settings, one)
     return parse(resolved(settings))
+
+
+def _whole(overrides: Sequence[str], config_dirs: Sequence[Path], own: RunConfig | None = None) -> RunConfig:
+    """Return what a command line says by itself, sized where it has a budget of hours.
+
+    Args:
+        own: settings of the run in its folder, whose sizes hold for the same hours.
+    """
+    asked = parse(compose(overrides, config_dirs))
+    if asked.budget.hours is None:
+        return asked
+    if own is not None and own.budget.hours == asked.budget.hours:
+        sizes, because = own.budget.sizes, own.budget.because
+    else:
+        from yxanul_nemo.plan.sizing import size_run
+
+        given = [one.key_or_group for one in parsed(overrides) or [] if one.key_or_group != "recipe"]
+        sizes, because = size_run(asked, given)
+    sized = parse(compose([*sizes, *overrides], config_dirs))
+    return sized.model_copy(update={"budget": sized.budget.model_copy(update={"sizes": sizes, "because": because})})
 
 
 def _unscale(curriculum: dict[str, Any], own: RunConfig) -> None:

@@ -1,11 +1,16 @@
 """How much text the sources of a run hold, before any of it is read: from the footers of parquet files and the beginnings of others."""
 
+import math
 from dataclasses import dataclass
+
+import numpy as np
 
 from data_prep.corpus.find_shards import InputShard, resolve_shards
 from data_prep.corpus.open_shard import open_shard
 from yxanul_nemo.config.data import ASSUMED_CHARS_PER_TOKEN, CHARS_PER_TOKEN, SourceConfig, TokenizerConfig
 
+BYTES_PER_TOKEN = {256: 1.0, 4096: 3.8, 200_005: 6.3}
+"""By the size of a SuperBPE vocabulary: bytes alone, the demo's, and `superbpe_t180k` on English web text."""
 MOST_OPENED = 32
 """Shards opened at most, spread evenly; the rest is taken for like them."""
 
@@ -58,4 +63,11 @@ def bytes_per_token(tokenizer: TokenizerConfig) -> tuple[float, str]:
     """Return bytes of text for a token, and how that is known."""
     if tokenizer.name in CHARS_PER_TOKEN:
         return CHARS_PER_TOKEN[tokenizer.name], "as measured on English web text"
+    if tokenizer.kind == "train_superbpe" and tokenizer.vocab_size is not None:
+        return bytes_per_token_of(tokenizer.vocab_size), "by the size of the vocabulary"
     return ASSUMED_CHARS_PER_TOKEN, "assumed"
+
+
+def bytes_per_token_of(vocab_size: int) -> float:
+    """Return the bytes of text in a token of a SuperBPE vocabulary, between those measured by logarithms."""
+    return float(np.interp(math.log2(vocab_size), np.log2(list(BYTES_PER_TOKEN)), list(BYTES_PER_TOKEN.values())))

@@ -28,6 +28,8 @@ def run_plan_stage(config: RunConfig) -> Plan:
     needs = needs_of(config)
     console = table_console()
     console.print(needs_table(needs))
+    for line in config.budget.because:
+        console.print(line, soft_wrap=True, markup=False)
     plan = make_plan(config, found_gpus())
     notes = disk_warnings(plan, free_bytes(config.run.dir))
     plan = replace(plan, warnings=plan.warnings + notes, needs=needs)

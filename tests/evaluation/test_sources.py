@@ -78,7 +78,7 @@ def test_what_cannot_be_scored_is_said(exported: tuple[RunConfig, Checkpoint], t
     config, checkpoint = exported
     with pytest.raises(UserError, match="from: names 3 models; expected one, or two to compare"):
         validated(config, tmp_path / "run", *[checkpoint.path] * 3)
-    with pytest.raises(UserError, match="absent: does not exist; expected the folder of a run"):
+    with pytest.raises(UserError, match="absent does not exist; expected the folder of a run"):
         validated(config, tmp_path / "run", tmp_path / "absent")
     longer = config.model_copy(update={"validation": config.validation.model_copy(update={"eval_len": 256})})
     with pytest.raises(UserError, match=r"validation\.eval_len: is 256; expected at most 128, the context of"):

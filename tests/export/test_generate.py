@@ -17,10 +17,12 @@ from yxanul_nemo.config.command_line import for_hydra
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.export.decoding import Decoder
 from yxanul_nemo.export.export import export_checkpoint
-from yxanul_nemo.export.generate import TextStream, generate, generate_with
+from yxanul_nemo.export.generate import TextStream, generate, generate_batch, generate_with
 from yxanul_nemo.export.hf_folder import open_hf_folder
 from yxanul_nemo.export.llama import build_llama
+from yxanul_nemo.export.sampling import Sampling
 from yxanul_nemo.export.source import Loaded, load_source
 from yxanul_nemo.launch.stages import run_stages
 from yxanul_nemo.model.build import reference_precision
@@ -87,6 +89,95 @@ def test_the_seed_decides_what_is_sampled(loaded: Loaded) -> None:
     assert sample(1, temperature=1e-4) == greedy
 
 
+PROMPTS = ("", PROMPT, "A function returns the first element of a list, and", "def f(x):\n")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_a_batch_with_a_cache_has_the_logits_of_each_text_alone_without_one(
+    sources: dict[str, Path], device: str
+) -> None:
+    loaded = load_source(sources["hf"], device=device)
+    model, eos_id = loaded.model.float(), loaded.tokenizer.eos_id
+    texts = [[eos_id, *loaded.tokenizer.encode(prompt).tolist()] for prompt in PROMPTS]
+    assert len({len(text) for text in texts}) == len(texts), "padding is needed"
+    decoder = Decoder(model, texts, eos_id, max(map(len, texts)) + 20)
+    logits_BV = decoder.read_prompts()
+    for step in range(20):
+        for text, logits_V in zip(texts, logits_BV, strict=True):
+            alone_V = model(torch.tensor([text], device=device)).logits[0, -1]
+            assert (logits_V - alone_V).abs().max() < 1e-4, step
+        chosen = [(7 * step + len(text)) % model.config.vocab_size for text in texts]
+        texts = [[*text, token] for text, token in zip(texts, chosen, strict=True)]
+        logits_BV = decoder.step(torch.tensor(chosen, device=device))
+    assert decoder.uses_graph == (device == "cuda")
+
+
+def test_texts_side_by_side_are_those_of_each_alone(loaded: Loaded) -> None:
+    sampling = Sampling(max_new_tokens=30, temperature=1.2, top_k=40, seed=5)
+    together = generate_batch(loaded, PROMPTS, sampling)
+    alone = [
+        generate_batch(loaded, [prompt], Sampling(max_new_tokens=30, temperature=1.2, top_k=40, seed=5 + i))[0]
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    assert together == alone and len(set(together)) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7])
+def test_greedy_text_with_a_repetition_penalty_is_that_of_transformers(loaded: Loaded, penalty: float) -> None:
+    ids_BT = torch.tensor([[loaded.tokenizer.eos_id, *loaded.tokenizer.encode(PROMPT).tolist()]])
+    expected = loaded.model.generate(
+        ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        do_sample=False,
+        max_new_tokens=40,
+        repetition_penalty=penalty,
+        eos_token_id=loaded.tokenizer.eos_id,
+    )[0, ids_BT.size(1) :].tolist()
+    written = generate_batch(loaded, [PROMPT], Sampling(max_new_tokens=40, temperature=0, repetition_penalty=penalty))[
+        0
+    ]
+    assert written.text == loaded.tokenizer.decode([token for token in expected if token != loaded.tokenizer.eos_id])
+
+
+def test_one_token_to_choose_from_is_the_most_likely_one(loaded: Loaded) -> None:
+    greedy = generate_batch(loaded, [PROMPT], Sampling(max_new_tokens=30, temperature=0))
+    assert generate_batch(loaded, [PROMPT], Sampling(max_new_tokens=30, temperature=2.0, top_p=1, top_k=1)) == greedy
+
+
+def test_a_stop_text_ends_the_text_and_is_never_shown(loaded: Loaded) -> None:
+    whole = generate_batch(loaded, [PROMPT], Sampling(max_new_tokens=60, temperature=0))[0].text
+    stop = whole[len(whole) // 2 :][:4]
+    pieces: list[str] = []
+    sampling = Sampling(max_new_tokens=60, temperature=0, stop=("absent", stop))
+    written = generate_batch(loaded, [PROMPT], sampling, pieces.append)[0]
+    assert written.text == whole[: whole.index(stop)] == "".join(pieces)
+    assert written.tokens < 60
+    # A beginning of a stop that nothing completes belongs to the text.
+    sampling = Sampling(max_new_tokens=60, temperature=0, stop=(whole[-3:] + "never",))
+    assert generate_batch(loaded, [PROMPT], sampling)[0].text == whole
+
+
+def test_prompts_of_a_file_become_json_lines(
+    sources: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in PROMPTS[:3]))
+    arguments = ["stage=generate", f"from={sources['hf']}", "generate.max_new_tokens=8", "parallel.device=cpu"]
+    arguments += [f"generate.prompts={tmp_path}/prompts.txt", "generate.batch=2", "generate.temperature=0"]
+    run_stages(parse(compose(for_hydra(arguments))))
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["prompt"] for line in lines] == list(PROMPTS[:3])
+    loaded = load_source(sources["hf"], device="cpu")
+    for line in lines:
+        assert line["text"] == generate_with(loaded, line["prompt"], 8, 0, 1.0, 0).text
+    for wrong in ("absent.txt", "empty.txt"):
+        (tmp_path / "empty.txt").write_text("")
+        with pytest.raises(UserError, match=r"generate\.prompts"):
+            run_stages(parse(compose(for_hydra([*arguments, f"generate.prompts={tmp_path}/{wrong}"]))))
+    with pytest.raises(UserError, match=r"prompt: is given with generate\.prompts"):
+        run_stages(parse(compose(for_hydra([*arguments, "prompt=x"]))))
+
+
 def test_sampling_follows_the_models_probabilities(loaded: Loaded) -> None:
     """First tokens over many seeds against softmax(logits / temperature), cut at top_p: nothing else (a top_k) interferes."""
     tokenizer, temperature, top_p, draws = loaded.tokenizer, 4.0, 0.8, 400
@@ -126,13 +217,12 @@ def test_text_comes_in_whole_characters(loaded: Loaded) -> None:
     assert len(ids) > len(text), "characters are split over tokens"
     pieces: list[str] = []
     stream = TextStream(loaded.tokenizer, pieces.append)
-    stream.put(torch.tensor([[1, 2, 3]]))
     for token in ids:
-        stream.put(torch.tensor([token]))
+        stream.take(token)
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
     # A character that never becomes whole is shown at the end.
-    stream.put(torch.tensor([ids[1]]))
+    stream.take(ids[1])
     assert stream.text == text
     stream.end()
     assert stream.text == text + "\ufffd"
@@ -176,6 +266,9 @@ def test_a_run_gives_its_best_checkpoint_or_its_latest(make_run: MakeRun) -> Non
         ({"top_p": 0.0}, "top_p: is 0.0; expected above 0"),
         ({"top_p": 1.1}, "top_p: is 1.1"),
         ({"max_new_tokens": 0}, "max_new_tokens: is 0; expected at least 1"),
+        ({"top_k": -1}, "top_k: is -1; expected 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty: is 0.0; expected above 0"),
+        ({"stop": [""]}, "stop: has an empty text"),
         ({"checkpoint": "first"}, "checkpoint: is 'first'; expected best or latest"),
         ({"device": "tpu"}, "device: is 'tpu'; expected auto, cpu or cuda"),
     ],

@@ -79,6 +79,16 @@ class GenerateConfig(Section):
     """0 takes the most likely token each time; 1 samples from the model's own probabilities."""
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Sample only among the most likely tokens that together have this probability."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample only among so many most likely tokens; 0: all."""
+    repetition_penalty: float = Field(default=1.0, gt=0)
+    """Divides the logits of tokens that stand in the text already, as in transformers; 1: off."""
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default=[])
+    """The text ends before the first of these, as in `['\\n']`."""
+    prompts: PathValue | None = None
+    """Text file with one prompt in each line, instead of `prompt`; texts come as JSON lines with the keys prompt, text, tokens."""
+    batch: int = Field(default=64, ge=1)
+    """Prompts of the file that are continued at once."""
     seed: int = 0
     """The same seed gives the same text on the same machine."""
     checkpoint: Literal["best", "latest"] = "best"

@@ -339,7 +339,7 @@ def test_the_stage_streams_what_the_command_line_asks_for(
         assert run(f"from={sources['nemo']}", *given, *settings) == f"{prompt}{expected.text}\n"
         assert run(f"run.dir={exported[0].run.dir}", *given, *settings) == f"{prompt}{expected.text}\n", "its own run"
     with pytest.raises(
-        UserError, match=r"absent: does not exist; expected the folder of a run or of a checkpoint, a \.nemo"
+        UserError, match=r"absent does not exist; expected the folder of a run or of a checkpoint, a \.nemo"
     ):
         run(f"from={sources['nemo'].with_name('absent')}")
     with pytest.raises(UserError, match="from: names 2 models; expected one of them"):

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from rich.table import Table
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.export.decoding import Decoder
 from yxanul_nemo.export.fold import llama_config, to_llama
-from yxanul_nemo.export.llama import build_llama, generation_settings
+from yxanul_nemo.export.llama import build_llama, generate_ids, moved
 from yxanul_nemo.export.sampling import Chooser, Sampling
 from yxanul_nemo.export.source import load_source
 from yxanul_nemo.log import configure_logging, logger, quiet_libraries, table_console
@@ -29,17 +29,17 @@ PROMPT_TOKENS = 32
 VOCAB_SIZE = 200_005
 
 
-def random_model(recipe: str, device: torch.device) -> PreTrainedModel:
+def random_model(recipe: str, device: torch.device) -> LlamaForCausalLM:
     """A model of a recipe's shape."""
     shape = parse(compose([f"recipe={recipe}"])).model
     model = build_model(shape, VOCAB_SIZE, *reference_precision(), seed=0)
     weights = to_llama(model.state_dict(), shape, VOCAB_SIZE)
     llama = build_llama(weights, llama_config(shape, VOCAB_SIZE, eos_id=0, pad_id=None, dtype="float32"))
-    return llama.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return moved(llama, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 @torch.inference_mode()
-def ours(model: PreTrainedModel, prompts: list[list[int]], tokens: int, temperature: float) -> None:
+def ours(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int, temperature: float) -> None:
     """Write as `stage=generate` does, but for turning tokens into text."""
     decoder = Decoder(model, prompts, 0, PROMPT_TOKENS + tokens)
     chooser = Chooser(Sampling(max_new_tokens=tokens, temperature=temperature), decoder.prompt_BT)
@@ -51,14 +51,11 @@ def ours(model: PreTrainedModel, prompts: list[list[int]], tokens: int, temperat
         ids_B.tolist()
 
 
-@torch.inference_mode()
-def theirs(model: PreTrainedModel, prompts: list[list[int]], tokens: int, temperature: float) -> None:
+def theirs(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int, temperature: float) -> None:
     """Write with `model.generate` and its growing cache."""
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "top_k": 0} if temperature else {}
     settings = GenerationConfig(max_new_tokens=tokens, pad_token_id=0, **sampling)
-    ids_BT = torch.tensor(prompts, device=model.device)
-    with generation_settings(model, settings):
-        model.generate(ids_BT, attention_mask=torch.ones_like(ids_BT))
+    generate_ids(model, torch.tensor(prompts, device=model.device), settings)
 
 
 def seconds(device: torch.device, write: Callable[[], None]) -> float:

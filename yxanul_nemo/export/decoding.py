@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import LlamaForCausalLM, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from yxanul_nemo.log import logger
 
@@ -27,7 +28,7 @@ class Decoder:
         max_tokens: most tokens of a text, its prompt included.
     """
 
-    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, max_tokens: int):
+    def __init__(self, model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], pad_id: int, max_tokens: int):
         self.model, device = model, model.device
         longest = max(map(len, prompts))
         self._length = -(-max_tokens // CACHE_STEP_TOKENS) * CACHE_STEP_TOKENS
@@ -73,6 +74,7 @@ class Decoder:
         if self._graph is None:
             return self._decode()
         self._graph.replay()
+        assert self._logits_BV is not None, "the graph writes there"
         return self._logits_BV
 
     def _decode(self) -> Tensor:
@@ -111,4 +113,5 @@ class Decoder:
     def _go_back(self) -> None:
         """Have the cache write its next token where this step's belongs."""
         for layer in self._cache.layers:
+            assert isinstance(layer, StaticLayer)
             layer.cumulative_length.fill_(self._tokens - 1)

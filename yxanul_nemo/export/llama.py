@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
-from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from yxanul_nemo.export.llama_shape import LlamaShape
@@ -68,16 +67,14 @@ def greedy(model: LlamaForCausalLM, prompts_BT: Tensor, new_tokens: int) -> Tens
 
 
 @torch.inference_mode()
-def generate_ids(
-    model: LlamaForCausalLM, prompts_BT: Tensor, settings: GenerationConfig, streamer: BaseStreamer | None = None
-) -> Tensor:
+def generate_ids(model: LlamaForCausalLM, prompts_BT: Tensor, settings: GenerationConfig) -> Tensor:
     """Return prompts and continuations by `model.generate` under `settings` alone; as arguments they would be mixed with the model's
     own (transformers 5)."""
     kept, model.generation_config = model.generation_config, settings
     mask_BT = torch.ones_like(prompts_BT)
     try:
         # transformers declares `self` as another type, and the result as any of those that other settings give.
-        return model.generate(prompts_BT, attention_mask=mask_BT, streamer=streamer)  # type: ignore[misc, return-value]  # see above
+        return model.generate(prompts_BT, attention_mask=mask_BT)  # type: ignore[misc, return-value]  # see above
     finally:
         model.generation_config = kept
 

@@ -63,9 +63,9 @@ class Chooser:
     def __init__(self, sampling: Sampling, ids_BT: Tensor):
         texts, device = len(ids_BT), ids_BT.device
         self._samples = sampling.temperature > 0
-        self._ids_BT = ids_BT if sampling.repetition_penalty != 1 else None
+        self._counts, self._ids_BT = sampling.repetition_penalty != 1, ids_BT
         processors = LogitsProcessorList()
-        if sampling.repetition_penalty != 1:
+        if self._counts:
             processors.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
         if self._samples:
             processors.append(TemperatureLogitsWarper(float(sampling.temperature)))
@@ -79,13 +79,14 @@ class Chooser:
 
     def choose(self, logits_BV: Tensor) -> Tensor:
         """Return the next token of each text [B]."""
-        logits_BV = self._processors(self._ids_BT, logits_BV)
+        # transformers names the types of tensors on the CPU, of which these are no subclasses anywhere.
+        logits_BV = self._processors(self._ids_BT, logits_BV)  # type: ignore[arg-type]  # see above
         if self._samples:
             ids_B = self._sample(logits_BV)
         else:
             ids_B = logits_BV.argmax(dim=-1)
         self._chosen += 1
-        if self._ids_BT is not None:
+        if self._counts:
             self._ids_BT = torch.cat([self._ids_BT, ids_B[:, None]], dim=1)
         return ids_B
 

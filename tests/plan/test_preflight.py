@@ -154,7 +154,7 @@ def test_the_disk_for_tokens_is_what_they_take(
 def test_a_model_that_does_not_exist_is_refused_before_heavy_imports(tmp_path: Path, stage: str) -> None:
     """`sys.modules` tells what was imported; seconds depend on the machine."""
     program = (
-        "import sys, launcher\n"
+        "import sys\nfrom yxanul_nemo.launch import command as launcher\n"
         "try:\n    launcher.main()\n"
         "except SystemExit as end:\n    print(end.code, [name for name in ('torch', 'transformers') if name in sys.modules])"
     )

@@ -6,7 +6,15 @@ from pathlib import Path
 import yaml
 
 REPO_DIR = Path(__file__).resolve().parents[2]
-CONF_DIR = REPO_DIR / "conf"
+_IN_PACKAGE = Path(__file__).resolve().parents[1] / "conf"
+CONF_DIR = _IN_PACKAGE if _IN_PACKAGE.is_dir() else REPO_DIR / "conf"
+"""In an installed package it lies inside, with the recipes; in a clone at the top."""
+
+
+def own_conf_dirs() -> list[Path]:
+    """Return `./conf`, which may have recipes and curricula of the user's own, where it is there and not `CONF_DIR` itself."""
+    here = Path("conf").absolute()
+    return [here] if here.is_dir() and here.resolve() != CONF_DIR.resolve() else []
 
 
 def first_comment(path: Path) -> str:

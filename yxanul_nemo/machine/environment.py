@@ -65,6 +65,9 @@ def _output(command: list[str]) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
+    if not (REPO_DIR / ".git").exists():
+        # An installed package may lie inside a repository of somebody else.
+        return None
     # A `git status` that is killed with its lock held would leave the user's repository locked.
     return _output(["git", "--no-optional-locks", "-C", str(REPO_DIR), *arguments])
 

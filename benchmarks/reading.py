@@ -6,7 +6,8 @@
 Steps are read as training reads them (`PhaseBatches`), in this thread and without reading ahead, at each length, from the largest
 source alone and from all sources in equal shares. Figures are millions of tokens per second of processor time, which a busy
 machine disturbs least, and of wall time; medians of the rounds. The files are in the page cache after the first, unless `--cold`
-drops them from it before every round, so that each round reads from the disk.
+closes them, drops them from it and opens them anew before every round. A round is then long enough for several stretches of
+shuffled windows, because each stretch is asked for while the one before it is read.
 `--made` makes a corpus of that many random tokens in documents of 600 and says how long opening it and the first step take and how much
 memory a reader holds.
 """
@@ -17,7 +18,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows, Re
 LENGTHS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 MICRO_BATCH_TOKENS = 32_768
 ACCUMULATION = 4
-STEPS = 20
+STEPS, COLD_STEPS = 20, 100
+"""Steps of a round."""
 MADE_DOCUMENT_TOKENS = 600
 MADE_SHARD_DOCUMENTS = 200_000
 
@@ -63,8 +65,7 @@ def main(arguments: list[str]) -> None:
     if options.cold:
         _drop(files)
     began, memory = time.perf_counter(), _memory_bytes()
-    shards = {name: [IndexedTokens(prefix) for prefix in of_source] for name, of_source in prefixes.items()}
-    sources = open_sources(shards, 1, options.chunk_tokens)
+    sources = _open(prefixes, options.chunk_tokens)
     opened = time.perf_counter() - began
     _batches(sources, 2048, options.shuffle_tokens, 1).batch(0)
     first = time.perf_counter() - began - opened
@@ -73,28 +74,47 @@ def main(arguments: list[str]) -> None:
         f"{sum(s.tokens_per_epoch for s in sources):,} tokens in {len(files)} files opened in {opened:.2f} s, first step {first:.2f} s, "
         f"memory {(_memory_bytes() - memory) / 2**20:.0f} MiB beside the page cache"
     )
-    names = list(shards)
+    del sources
+    names = list(prefixes)
     table = Table()
-    chosen = {names[0]: sources[:1]} | ({f"{len(names)} sources": sources} if len(names) > 1 else {})
+    chosen = {names[0]: names[:1]} | ({f"{len(names)} sources": names} if len(names) > 1 else {})
     for column in ("seq_len", *(f"{name}, {unit}" for name in chosen for unit in ("M/s CPU", "M/s wall"))):
         table.add_column(column, justify="right")
     for seq_len in LENGTHS:
         cells = []
         for some in chosen.values():
-            batches = _batches(some, seq_len, options.shuffle_tokens, options.rounds + 1)
-            rates = []
-            for round_ in range(options.rounds + 1):
-                if options.cold:
-                    _drop(files)
-                rates.append(_tokens_per_second(batches, round_ * STEPS))
-            cells += [f"{statistics.median(rate) / 1e6:.1f}" for rate in zip(*rates[1:], strict=True)]
+            rates = _rates({name: prefixes[name] for name in some}, seq_len, options)
+            cells += [f"{statistics.median(rate) / 1e6:.1f}" for rate in zip(*rates, strict=True)]
         table.add_row(str(seq_len), *cells)
     console.print(table)
 
 
-def _batches(sources: Sequence[ShuffledSource], seq_len: int, shuffle_tokens: int, rounds: int) -> PhaseBatches:
+def _rates(
+    prefixes: Mapping[str, Sequence[Path]], seq_len: int, options: argparse.Namespace
+) -> list[tuple[float, float]]:
+    """Return tokens per second of processor time and of wall time, for each round."""
+    if options.cold:
+        rates = []
+        for _ in range(options.rounds):
+            _drop([bin_path(prefix) for of_source in prefixes.values() for prefix in of_source])
+            batches = _batches(_open(prefixes, options.chunk_tokens), seq_len, options.shuffle_tokens, COLD_STEPS)
+            rates.append(_tokens_per_second(batches, 0, COLD_STEPS))
+            # A page that is mapped stays in the cache.
+            del batches
+        return rates
+    batches = _batches(
+        _open(prefixes, options.chunk_tokens), seq_len, options.shuffle_tokens, (options.rounds + 1) * STEPS
+    )
+    return [_tokens_per_second(batches, round_ * STEPS, STEPS) for round_ in range(options.rounds + 1)][1:]
+
+
+def _open(prefixes: Mapping[str, Sequence[Path]], chunk_tokens: int) -> list[ShuffledSource]:
+    shards = {name: [IndexedTokens(prefix) for prefix in of_source] for name, of_source in prefixes.items()}
+    return open_sources(shards, 1, chunk_tokens)
+
+
+def _batches(sources: Sequence[ShuffledSource], seq_len: int, shuffle_tokens: int, steps: int) -> PhaseBatches:
     layout = BatchLayout(MICRO_BATCH_TOKENS // seq_len, ACCUMULATION, data_parallel=1)
-    steps = rounds * STEPS
     reading = Reading(0, steps * layout.windows_per_step, np.full(len(sources), 1 / len(sources)))
     windows = PhaseWindows(sources, [0] * len(sources), seq_len, [reading], shuffle_tokens)
     return PhaseBatches(windows, layout, rank=0, first_step=0, last_step=steps)
@@ -133,10 +153,10 @@ def _memory_bytes() -> int:
     return (resident - shared) * resource.getpagesize()
 
 
-def _tokens_per_second(batches: PhaseBatches, first: int) -> tuple[float, float]:
-    """Tokens per second of processor time and of wall time, over STEPS steps."""
+def _tokens_per_second(batches: PhaseBatches, first: int, steps: int) -> tuple[float, float]:
+    """Return tokens per second of processor time and of wall time, over `steps` steps from step `first` on."""
     cpu, wall = time.thread_time(), time.perf_counter()
-    tokens = sum(batches.batch(step)[0].numel() for step in range(first, first + STEPS))
+    tokens = sum(batches.batch(step)[0].numel() for step in range(first, first + steps))
     return tokens / (time.thread_time() - cpu), tokens / (time.perf_counter() - wall)
 
 

@@ -15,10 +15,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.ledger import Expected, Ledger, PhasePlan
 from yxanul_nemo.checkpoint.shards import ShardReader
 from yxanul_nemo.checkpoint.store import CheckpointStore
@@ -34,8 +36,14 @@ WARMUP_WINDOWS, WARMUP_LEN = 2, 64
 
 def ledger_at(tokens: int) -> Ledger:
     """A ledger of a run of one source after so many steps of one token."""
-    names = ("corpus", "tokenizer", "model", "config")
-    expected = Expected(**{f"{name}_fingerprint": "benchmark" for name in names}, phases=(PLAN,))
+    expected = Expected(
+        corpus_fingerprint="benchmark",
+        tokenizer_fingerprint="benchmark",
+        model_fingerprint="benchmark",
+        config_fingerprint="benchmark",
+        window_order="benchmark",
+        phases=(PLAN,),
+    )
     return Ledger.fresh(expected).start_phase(PLAN, 1, 1).consume(tokens, {"text": tokens})
 
 
@@ -73,6 +81,9 @@ def measure(overrides: list[str], device: str, vocab_size: int, folder: Path, re
     def note(name: str, value: float) -> None:
         times.setdefault(name, []).append(value)
 
+    def read(checkpoint: Checkpoint) -> None:
+        ShardReader(checkpoint.path).load_into(backend.sharded_state())
+
     tokens = 0
     for mode in ("blocking", "asynchronous"):
         began = time.perf_counter()
@@ -82,7 +93,7 @@ def measure(overrides: list[str], device: str, vocab_size: int, folder: Path, re
         for repeat in range(repeats + 1):
             tokens += 1
             ledger = ledger_at(tokens)
-            blocked = seconds(lambda saver=saver, ledger=ledger: saver.start(ledger, phase_end=False))
+            blocked = seconds(partial(saver.start, ledger, phase_end=False))
             saver.wait()
             if repeat:
                 note(f"training_waits_{mode}", blocked)
@@ -93,9 +104,9 @@ def measure(overrides: list[str], device: str, vocab_size: int, folder: Path, re
         forget(newest.path)
         for temperature in ("cold", "warm"):
             note(f"verify_{temperature}", seconds(store.newest_good))
-            read = seconds(lambda newest=newest: ShardReader(newest.path).load_into(backend.sharded_state()))
-            note("read_after_verify", read)
-            note(f"load_{temperature}", times[f"verify_{temperature}"][-1] + read)
+            taken = seconds(partial(read, newest))
+            note("read_after_verify", taken)
+            note(f"load_{temperature}", times[f"verify_{temperature}"][-1] + taken)
     size_bytes = sum(entry.size_bytes for entry in newest.manifest.files.values())
     return {"checkpoint_gb": size_bytes / 1e9} | {name: statistics.median(values) for name, values in times.items()}
 

@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ from yxanul_nemo.machine.runtime import init_process_groups
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.fp8_state import forget_fp8_state
 from yxanul_nemo.training.build import make_backend
+from yxanul_nemo.training.cuda_backend import CudaBackend
 
 VOCAB_SIZE, PADDED_ROWS = 200_005, 200_064
 WARMUP_STEPS, TIMED_STEPS = 4, 12
@@ -248,6 +250,7 @@ def product_step(precision: str, graph: bool, seq_len: int, micro_batch: int, ac
     config = parse(compose(["recipe=yxanul_197m_h100", *overrides]))
     model = build_model(config.model, VOCAB_SIZE, config.precision, config.parallel, seed=1, seq_len=seq_len)
     backend = make_backend(model, config, "cuda")
+    assert isinstance(backend, CudaBackend)
     backend.prepare(micro_batch, accumulation, seq_len)
     return lambda ids_ABT, labels_ABT: backend.train_step(ids_ABT, labels_ABT, 1e-4, 1.0).loss
 
@@ -266,7 +269,9 @@ def contenders(shape: ModelConfig) -> dict[str, Callable[[int, int, int], Step]]
     }
 
 
-def measure(make: Callable[[int, int, int], Step], seq_len: int, micro_batch_tokens: int, tokens_per_step: int) -> dict:
+def measure(
+    make: Callable[[int, int, int], Step], seq_len: int, micro_batch_tokens: int, tokens_per_step: int
+) -> dict[str, Any]:
     """Median of the steps; the micro-batch is halved until it fits."""
     while True:
         release()
@@ -275,17 +280,9 @@ def measure(make: Callable[[int, int, int], Step], seq_len: int, micro_batch_tok
         shape = (accumulation, windows, seq_len)
         ids, labels = (torch.randint(0, VOCAB_SIZE, shape, device="cuda", generator=generator) for _ in range(2))
         began = time.perf_counter()
-        try:
-            step = make(seq_len, windows, accumulation)
-            for _ in range(WARMUP_STEPS):
-                loss = step(ids, labels)
-            torch.cuda.synchronize()
-        except torch.OutOfMemoryError:
-            if windows == 1:
-                raise
-        else:
+        step = warmed_up(make, ids, labels)
+        if step is not None:
             break
-        step = loss = None
         micro_batch_tokens //= 2
     setup_seconds = time.perf_counter() - began
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(TIMED_STEPS + 1)]
@@ -303,6 +300,21 @@ def measure(make: Callable[[int, int, int], Step], seq_len: int, micro_batch_tok
         "setup_seconds": setup_seconds,
         "loss_nats_per_token": float(loss),
     }
+
+
+def warmed_up(make: Callable[[int, int, int], Step], ids_ABT: Tensor, labels_ABT: Tensor) -> Step | None:
+    """Return the step after its first runs; None where several windows do not fit into memory."""
+    accumulation, windows, seq_len = ids_ABT.shape
+    try:
+        step = make(seq_len, windows, accumulation)
+        for _ in range(WARMUP_STEPS):
+            step(ids_ABT, labels_ABT)
+        torch.cuda.synchronize()
+    except torch.OutOfMemoryError:
+        if windows == 1:
+            raise
+        return None
+    return step
 
 
 def release() -> None:
@@ -326,7 +338,7 @@ def main() -> None:
     config = parse(compose(["recipe=yxanul_197m_h100", "parallel.device=cuda"]))
     init_process_groups(config.parallel, "cuda", seed=1)
     every = contenders(config.model)
-    rows: dict[str, list[dict]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
     report = {"environment": describe_environment(), "gpu": torch.cuda.get_device_name(), "contenders": rows}
     for name in arguments.only or every:
         rows[name] = []

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.peers import PlainGPT
+from benchmarks.peers import Block, PlainGPT
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import OptimConfig, PrecisionConfig
@@ -86,6 +86,7 @@ def plain_model(
     if unscaled_residuals:
         with torch.no_grad():
             for block in model.blocks:
+                assert isinstance(block, Block)
                 for linear in (block.attention.out, block.down):
                     linear.weight.mul_(math.sqrt(2 * config.model.num_layers))
     return model.to(device)
@@ -161,7 +162,7 @@ def losses_of_both(
             stop.reason = f"{steps} steps"
         return result
 
-    prepared.backend.train_step = both
+    prepared.backend.train_step = both  # type: ignore[method-assign, assignment]  # runs a second model beside it
     train_phase(prepared, stop)
     return rows
 

@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from yxanul_nemo.bench.cases import Case
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.data.windows import BatchLayout, PhaseBatches, PhaseWindows
+from yxanul_nemo.data.windows import Batch, BatchLayout, PhaseBatches, PhaseWindows
 from yxanul_nemo.machine.agreement import any_rank
 from yxanul_nemo.machine.gpus import read_power_watts
 from yxanul_nemo.model.build import build_model
@@ -98,7 +98,7 @@ class Steps:
     """Optimizer steps as the training loop takes them: a batch, the step, the meter's record every `logging.every_steps`."""
 
     def __init__(
-        self, config: RunConfig, case: Case, backend: Backend, batches: Iterator, vocab_size: int, device: str
+        self, config: RunConfig, case: Case, backend: Backend, batches: Iterator[Batch], vocab_size: int, device: str
     ):
         self.config, self.case, self.backend, self.batches, self.device = config, case, backend, batches, device
         flops = training_flops_per_token(config.model, vocab_size, case.phase.seq_len)
@@ -109,17 +109,27 @@ class Steps:
         """Seconds of each of `count` steps, and the last record."""
         self._synchronize()
         self.meter.restart()
-        marks = [self._mark()]
+        events: list[torch.cuda.Event] = []
+        clock: list[float] = []
+
+        def mark() -> None:
+            if self.device != "cuda":
+                clock.append(time.perf_counter())
+                return
+            events.append(torch.cuda.Event(enable_timing=True))
+            events[-1].record()
+
+        mark()
         record: Mapping[str, float] = {}
         for i in range(1, count + 1):
             self._step()
             if i % self.config.logging.every_steps == 0 or i == count:
                 record = self.meter.record()
-            marks.append(self._mark())
+            mark()
         self._synchronize()
-        if self.device == "cuda":
-            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(marks)], record
-        return [b - a for a, b in itertools.pairwise(marks)], record
+        if events:
+            return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)], record
+        return [b - a for a, b in itertools.pairwise(clock)], record
 
     def profile(self) -> list[tuple[str, float, int]]:
         """Kernels of one step by the time that they take."""
@@ -143,13 +153,6 @@ class Steps:
         phase = self.case.phase
         result = self.backend.train_step(ids_ABT, labels_ABT, self.lr, phase.grad_clip)
         self.meter.add(phase.tokens_per_step, result.loss, result.grad_norm, result.applied)
-
-    def _mark(self) -> torch.cuda.Event | float:
-        if self.device != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def _synchronize(self) -> None:
         if self.device == "cuda":

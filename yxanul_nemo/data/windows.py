@@ -21,6 +21,10 @@ STEPS_AHEAD = 4
 """Steps whose tokens are read before they are needed: windows lie in random places of files that may be on a slow disk."""
 
 
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""A step's ids_ABT and labels_ABT, int64 [accumulation, micro_batch_size, seq_len]."""
+
+
 @dataclass(frozen=True)
 class BatchLayout:
     """How the windows of one optimizer step are spread over ranks and accumulated micro-batches."""
@@ -172,10 +176,10 @@ class PhaseBatches:
     def __len__(self) -> int:
         return self.last_step - self.first_step
 
-    def __iter__(self) -> Generator[tuple[torch.Tensor, torch.Tensor], None, None]:
+    def __iter__(self) -> Generator[Batch]:
         yield from read_ahead(map(self.batch, range(self.first_step, self.last_step)), STEPS_AHEAD)
 
-    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int) -> Batch:
         """The micro-batches of one step for this rank."""
         size, ranks, accumulation = self.layout.micro_batch_size, self.layout.data_parallel, self.layout.accumulation
         ids_ABT, labels_ABT = (self._empty(accumulation, size, self.windows.seq_len) for _ in range(2))

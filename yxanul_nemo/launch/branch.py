@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data_prep.corpus.manifest import load_manifest
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.going_on import differences, gone_on
 from yxanul_nemo.checkpoint.identity import expected_run
 from yxanul_nemo.checkpoint.ledger import Ledger, LineageRecord, replaced
 from yxanul_nemo.checkpoint.manifest import LEDGER_NAME, MANIFEST_NAME
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.base import number_written
 from yxanul_nemo.config.load import load_run_config, to_yaml
 from yxanul_nemo.config.run import RunConfig

@@ -95,7 +95,8 @@ def _branch(read: Sequence[Override], overrides: Sequence[str], config_dirs: Seq
     base = base.model_copy(update={"run": base.run.model_copy(update={"dir": run_dir})})
     asked = _changed(base, read, overrides, config_dirs)
     said = [f"the settings are those of the run in {parent.run_dir} after {parent.checkpoint.tokens:,} tokens"]
-    found = setting_differences(*(settings_of(one, plan_phases(one.curriculum)) for one in (base, asked)))
+    there, here = (settings_of(one, plan_phases(one.curriculum)) for one in (base, asked))
+    found = setting_differences(there, here)
     return Asked(asked, said + ([f"the command line changes {', '.join(map(str, found))}"] if found else []))
 
 

@@ -91,7 +91,9 @@ class CudaBackend(Backend):
 
     def make_room(self, ids_ABT: Tensor) -> None:
         """Have room for the documents of a step's micro-batches, whose ids are still on the host; a new size needs a new graph."""
-        if self.room is None or not self.room.changes_for(count_documents(ids_ABT, self.documents.eos_id)):
+        if self.documents is None or self.room is None:
+            return
+        if not self.room.changes_for(count_documents(ids_ABT, self.documents.eos_id)):
             return
         logger.info("room for %d documents in a micro-batch, before for %d", self.room.size, self.documents.room)
         self.documents = replace(self.documents, room=self.room.size)
@@ -245,14 +247,11 @@ class CudaBackend(Backend):
         self._reduce_and_update()
         self.graph = self._captured(self._forward_backward)
 
-    def _pool(self) -> tuple[int, int] | None:
-        """Memory that the graphs have in common: they never run at once, and what one leaves in it is copied before the next one runs."""
-        graphs = [graph for graph in (self.graph, self.update_graph) if graph is not None]
-        return graphs[0].pool() if graphs else None
-
     def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
         """A graph of `work`; if that fails, None, and all that has no graph yet is done eagerly, with the reason in the log."""
         graph = torch.cuda.CUDAGraph()
+        # The graphs share memory: they never run at once, and what one leaves in it is copied before the next one runs.
+        pool = next((other.pool() for other in (self.graph, self.update_graph) if other is not None), None)
         for state in get_all_rng_states().values():
             graph.register_generator_state(state)
         try:
@@ -260,7 +259,7 @@ class CudaBackend(Backend):
             # construction runs on one side stream (runtime.init_process_groups), which is also the one captured here.
             # Threads of NCCL, which look at events of theirs, do not disturb.
             stream = torch.cuda.current_stream()
-            with torch.cuda.graph(graph, pool=self._pool(), stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 work()
         except RuntimeError as error:
             logger.warning("no CUDA graph, training eagerly: %s", str(error).splitlines()[0])

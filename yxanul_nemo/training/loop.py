@@ -8,7 +8,7 @@ import torch
 from megatron.core import parallel_state
 
 from yxanul_nemo.config.load import to_yaml
-from yxanul_nemo.data.windows import PhaseBatches
+from yxanul_nemo.data.windows import Batch, PhaseBatches
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.agreement import any_rank, any_rank_each
 from yxanul_nemo.training.prepare import PreparedPhase
@@ -102,7 +102,7 @@ def train_phase(
 
 
 @contextmanager
-def _training(state: TrainingState, saver: CheckpointSaver) -> Iterator[tuple[Iterator, Watchdog]]:
+def _training(state: TrainingState, saver: CheckpointSaver) -> Iterator[tuple[Iterator[Batch], Watchdog]]:
     """What the loop runs in: a thread that reads batches, loggers, a watchdog; all are ended with the block, however it ends."""
     prepared, config = state.prepared, state.config
     _log_begin(state)

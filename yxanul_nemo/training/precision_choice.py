@@ -1,7 +1,7 @@
 """`precision=auto`: which number format a phase is trained in. Where a GPU has a choice, its own speed at the phase's shape decides."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from yxanul_nemo.checkpoint.ledger import PhaseRecord
 from yxanul_nemo.config.run import RunConfig, check_fp8_widths
@@ -33,7 +33,7 @@ def formats_for(
 
 
 def pick_faster_format(
-    formats: tuple[NumberFormat, NumberFormat],
+    formats: Sequence[NumberFormat],
     micro_batch_tokens: int,
     seconds_per_micro_batch: Callable[[bool], float],
     slowest_of_ranks: Callable[[float], float],
@@ -65,7 +65,7 @@ def _why_not_fp8(config: RunConfig, phase: Phase, fp8: NumberFormat, data_parall
     precision = config.precision.named(fp8)
     try:
         check_fp8_widths(config.model, precision, config.parallel)
-        batch_layout(phase, data_parallel, config.parallel.micro_batch_tokens, precision.token_multiple)
+        batch_layout(phase, data_parallel, config.parallel.fixed_micro_batch_tokens, precision.token_multiple)
     except ValueError as error:
         return str(error)
     return None

@@ -7,11 +7,12 @@ import numpy as np
 import torch.distributed as dist
 
 from data_prep.corpus.manifest import CorpusManifest, load_manifest
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.going_on import gone_on
 from yxanul_nemo.checkpoint.identity import expected_run, phase_plan
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.shards import ShardReader
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.curriculum.adapt import adapted_blend
 from yxanul_nemo.curriculum.phases import Phase, check_chunks, check_enough_tokens, plan_phases, source_sizes
@@ -97,7 +98,7 @@ def prepare_phase(config: RunConfig, number: int) -> PreparedPhase:
     before = ledger_to_resume(config, manifest, phases, checkpoint, number)
     sized = with_micro_batch(config, manifest.vocab_size, gpu_memory_bytes(device))
     record = before.current if before.phase == number else None
-    max_micro_batch_tokens = sized.parallel.micro_batch_tokens
+    max_micro_batch_tokens = sized.parallel.fixed_micro_batch_tokens
     if record is not None and config.parallel.micro_batch_tokens == "auto":
         # What the phase was found to fit into when it began.
         max_micro_batch_tokens = record.micro_batch_size * phase.seq_len

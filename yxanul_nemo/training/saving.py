@@ -16,9 +16,10 @@ from typing import Any
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.checkpoint.ledger import Ledger
 from yxanul_nemo.checkpoint.snapshot import HostSnapshot
-from yxanul_nemo.checkpoint.store import Checkpoint, CheckpointStore
+from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.agreement import failing_together, from_first_rank

@@ -139,7 +139,7 @@ def _mlflow(config: RunConfig) -> Logger:
     known = folder / "mlflow_run_id"
     run_id = known.read_text(encoding="utf-8").strip() if known.exists() else None
     tracker = MLFlowLogger("yxanul", config.run.name, tracking_uri=uri, run_id=run_id)
-    _identity(known, lambda: tracker.run_id)
+    _identity(known, lambda: str(tracker.run_id))
     if run_id is None:
         # Once: MLflow refuses parameters that change.
         tracker.log_hyperparams(config.model_dump(mode="json"))

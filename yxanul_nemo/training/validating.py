@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from yxanul_nemo.checkpoint.store import Checkpoint
+from yxanul_nemo.checkpoint.committed import Checkpoint
 from yxanul_nemo.disk_errors import disk_errors
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger

@@ -2,7 +2,6 @@
 
 import faulthandler
 import os
-import sys
 import threading
 import time
 from types import TracebackType
@@ -12,6 +11,8 @@ from yxanul_nemo.log import logger
 
 EXIT_HUNG = 75
 """Exit code of a process that was ended for hanging (EX_TEMPFAIL); to the launcher it is a crash."""
+STDERR = 2
+"""As a descriptor, which is there whatever became of `sys.stderr`."""
 CHECKS_PER_LIMIT = 20
 MAX_CHECK_SECONDS = 15.0
 STALLED_GRACE_SECONDS = 30.0
@@ -60,7 +61,7 @@ class Watchdog:
         pause = min(limit / CHECKS_PER_LIMIT, MAX_CHECK_SECONDS)
         checked = time.monotonic()
         while not self._ended.is_set():
-            faulthandler.dump_traceback_later(limit + STALLED_GRACE_SECONDS, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(limit + STALLED_GRACE_SECONDS, exit=True, file=STDERR)
             self._ended.wait(pause)
             now = time.monotonic()
             if now - checked > limit / 2:
@@ -74,7 +75,7 @@ class Watchdog:
         logger.error(
             "%s: no step for %.1f minutes (guards.hang_minutes); its stacks:", self.name or "hang", seconds / 60
         )
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        faulthandler.dump_traceback(file=STDERR, all_threads=True)
         if self.others:
             # torchrun ends the other ranks as soon as one has ended; each is to show its stacks before.
             time.sleep(2 * pause)

@@ -7,7 +7,7 @@ from tests.ranks import run_ranks
 from tests.training import sessions
 from tests.training.runs import PHASES, MakeRun, assert_equal_runs, assert_matches, ledger, records
 from yxanul_nemo.config.run import RunConfig
-from yxanul_nemo.training.document_room import REMEMBERED_STEPS, DocumentRoom
+from yxanul_nemo.model.documents import REMEMBERED_STEPS, DocumentRoom
 from yxanul_nemo.validation.record import phase_result_path
 
 MASK = "data.document_mask=true"

@@ -27,10 +27,9 @@ def adds_to_list(argument: str) -> bool:
 
 def with_entries(composed: DictConfig, arguments: Sequence[str]) -> DictConfig:
     """Return a composed configuration with more entries in its lists (`adds_to_list`)."""
-    settings = OmegaConf.to_container(composed, resolve=False)
-    assert isinstance(settings, dict)
+    settings: Any = OmegaConf.to_container(composed, resolve=False)
     for override in OverridesParser.create().parse_overrides(list(arguments)):
-        apply(settings, override)  # type: ignore[arg-type]
+        apply(settings, override)
     return OmegaConf.create(settings)
 
 

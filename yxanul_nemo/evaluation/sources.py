@@ -15,10 +15,10 @@ from yxanul_nemo.export.llama import LlamaLoss
 from yxanul_nemo.export.source import load_source
 from yxanul_nemo.files import write_json_atomic
 from yxanul_nemo.log import logger
-from yxanul_nemo.validation.bootstrap import paired_bootstrap
+from yxanul_nemo.validation.bootstrap import comparison_table, paired_bootstrap
 from yxanul_nemo.validation.domains import domain_texts
+from yxanul_nemo.validation.record import result_table
 from yxanul_nemo.validation.scoring import Document
-from yxanul_nemo.validation.table import comparison_table, table
 from yxanul_nemo.validation.validate import score_domains, summarize
 
 
@@ -74,7 +74,7 @@ def _score(
         str(loaded.model.device),
     )
     result = summarize(domains, nats, settings.eval_len, stride)
-    logger.info("%s:\n%s", loaded.described, table(result))
+    logger.info("%s:\n%s", loaded.described, result_table(result))
     about = {
         "model": loaded.described,
         "tokenizer_fingerprint": loaded.tokenizer.fingerprint,

@@ -20,8 +20,7 @@ from yxanul_nemo.lock import RunLock
 from yxanul_nemo.log import configure_logging, logger
 from yxanul_nemo.machine.environment import write_environment
 from yxanul_nemo.machine.surroundings import make_bearable
-from yxanul_nemo.validation.record import find_result
-from yxanul_nemo.validation.table import table
+from yxanul_nemo.validation.record import find_result, result_table
 
 LEFTOVER_SECONDS = 60.0
 """How long a repeated command waits for the worker of a launcher that was killed, which saves and ends."""
@@ -199,7 +198,7 @@ class Chain:
         newest = self.state.newest()
         result: dict[str, Any] | None = find_result(self.config, newest) if newest else None
         if result is not None:
-            logger.info("validation after %s tokens:\n%s", f"{result['tokens_total']:,}", table(result))
+            logger.info("validation after %s tokens:\n%s", f"{result['tokens_total']:,}", result_table(result))
 
 
 def _ending(code: int) -> str:

@@ -5,6 +5,7 @@ predicted from that EOS, and the label of its last token is the next EOS, so no 
 one too (the rest of a document from the window before). Positions are counted through: RoPE's scores depend on distances alone.
 """
 
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,10 @@ SMALLEST_ROOM = 32
 """Transformer Engine rounds shorter lists up to this (fused_attn, 2.20), and longer ones up to 512 to a power of two."""
 TYPICAL_DOCUMENT_TOKENS = 512
 """What is assumed of a document's length before any is seen; web text has some hundred tokens."""
+REMEMBERED_STEPS = 256
+"""Steps that a room is kept for after the batch that needed it."""
+SHRINK_FACTOR = 4
+"""A room so many times too large is given up: attention's time grows with it, but a new graph takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +78,24 @@ def _begins(ids: Tensor, eos_id: int) -> Tensor:
     begins = ids == eos_id
     begins.select(-1, 0).fill_(True)
     return begins
+
+
+class DocumentRoom:
+    """How many documents of a micro-batch a CUDA graph has room for, over the steps of a phase.
+
+    The room grows with the first batch that needs more, and shrinks when none has needed much of it for long.
+    """
+
+    def __init__(self, documents: int):
+        self.size = room_for(documents)
+        self._recent: deque[int] = deque(maxlen=REMEMBERED_STEPS)
+
+    def changes_for(self, documents: int) -> bool:
+        """Note what the next step needs; True if `size` is another from here on."""
+        self._recent.append(documents)
+        wanted = room_for(max(self._recent))
+        remembers_enough = len(self._recent) == REMEMBERED_STEPS
+        if documents <= self.size and not (remembers_enough and self.size >= SHRINK_FACTOR * wanted):
+            return False
+        self.size = wanted
+        return True

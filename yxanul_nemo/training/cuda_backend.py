@@ -19,11 +19,10 @@ from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 from yxanul_nemo.model.context import WindowSlices
-from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, Documents, count_documents
+from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, DocumentRoom, Documents, count_documents
 from yxanul_nemo.model.fp8_state import scaling_state_kept, sharded_fp8_state
 from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.training.backend import Backend, StepResult
-from yxanul_nemo.training.document_room import DocumentRoom
 from yxanul_nemo.training.guard import UpdateGuard
 from yxanul_nemo.training.optimizer import MainParamOptimizer
 

@@ -20,10 +20,10 @@ from yxanul_nemo.validation.record import (
     in_phase_results,
     metric_of,
     phase_result_path,
+    result_table,
     settings_fingerprint,
 )
 from yxanul_nemo.validation.stage import identified, run_domains, validate_at_lengths, validate_model
-from yxanul_nemo.validation.table import table
 from yxanul_nemo.validation.validate import Domains, evenly
 
 
@@ -141,6 +141,6 @@ def _validate_phase(state: TrainingState, end_of_phase: Callable[[], Checkpoint 
         log_validation(config, result)
         # Last, because the phase counts as done by it.
         write_json_atomic(phase_result_path(config.run.dir, phase.number), result)
-        logger.info("validation after phase %d:\n%s", phase.number, table(result))
+        logger.info("validation after phase %d:\n%s", phase.number, result_table(result))
     dist.barrier()
     state.call("on_validation_end")

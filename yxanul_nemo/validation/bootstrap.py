@@ -62,3 +62,19 @@ def _resampled(bits: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) ->
         out[done : done + count] = bits[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
         done += count
     return out
+
+
+def comparison_table(differences: Mapping[str, PairedDifference]) -> str:
+    """One line per domain and the mean; what is not told apart at 95% is said so."""
+    lines = [f"{'domain':<12}{'difference':>12}{'95% interval':>22}"]
+    for name, value in differences.items():
+        interval = f"{value.low:+.4f} to {value.high:+.4f}"
+        verdict = (
+            "the first is better"
+            if value.high < 0
+            else "the second is better"
+            if value.low > 0
+            else "no difference seen"
+        )
+        lines.append(f"{name:<12}{value.difference:>+12.4f}{interval:>22}  {verdict}")
+    return "\n".join(lines)

@@ -151,3 +151,19 @@ def early_stop_tokens(config: RunConfig) -> int | None:
         if waited >= patience:
             return tokens
     return None
+
+
+def result_table(result: Mapping[str, Any]) -> str:
+    """Return a validation result as text, one line per domain; the surprise ratio is that of bits per byte."""
+    lines = [f"{'domain':<12}{'docs':>6}{'tokens':>10}{'bits/byte':>11}{'+-':>8}{'perplexity':>12}{'surprise':>10}"]
+    for name, score in result["domains"].items():
+        ratio = result["surprise_ratio_bits_per_byte"][name]
+        lines.append(
+            f"{name:<12}{score['documents']:>6}{score['tokens']:>10,}{score['bits_per_byte']:>11.4f}"
+            f"{score['bits_per_byte_standard_error']:>8.4f}{score['perplexity']:>12.2f}{ratio:>10.3f}  {advice(ratio)}".rstrip()
+        )
+    lines.append(f"{'mean':<28}{result['mean_bits_per_byte']:>11.4f}")
+    if (own := result.get("at_phase_len")) is not None:
+        label = f"mean at {own['eval_len_tokens']} tokens"
+        lines.append(f"{label:<28}{own['mean_bits_per_byte']:>11.4f}")
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def main(arguments: list[str]) -> None:
         row = [str(batch)]
         for way in (ours, theirs):
             for temperature in (0.8, 0.0):
-                taken = seconds(device, lambda w=way, t=temperature, p=prompts: w(model, p, options.tokens, t))
+                taken = seconds(device, partial(way, model, prompts, options.tokens, temperature))
                 row.append(f"{batch * options.tokens / taken:,.0f}")
         table.add_row(*row)
         # A larger batch may take all memory.

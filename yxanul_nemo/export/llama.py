@@ -73,8 +73,7 @@ def generate_ids(model: LlamaForCausalLM, prompts_BT: Tensor, settings: Generati
     kept, model.generation_config = model.generation_config, settings
     mask_BT = torch.ones_like(prompts_BT)
     try:
-        # transformers declares `self` as another type, and the result as any of those that other settings give.
-        return model.generate(prompts_BT, attention_mask=mask_BT)  # type: ignore[misc, return-value]  # see above
+        return model.generate(prompts_BT, attention_mask=mask_BT)  # type: ignore[misc, return-value]  # declared for any self and result
     finally:
         model.generation_config = kept
 

@@ -1,5 +1,6 @@
 """Preparing a phase: from the configuration to everything that its training needs, as one frozen value."""
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,9 @@ def prepare_phase(config: RunConfig, number: int) -> PreparedPhase:
     check_chunks(phase, config.parallel.context_parallel)
     device = resolve_device(config.parallel)
     init_process_groups(config.parallel, device, config.run.seed)
-    store = CheckpointStore.of_run(config)
+    store, began = CheckpointStore.of_run(config), time.perf_counter()
     checkpoint = checkpoint_to_resume(store, number)
+    checked = time.perf_counter()
     before = ledger_to_resume(config, manifest, phases, checkpoint, number)
     sized = with_micro_batch(config, manifest.vocab_size, gpu_memory_bytes(device))
     record = before.current if before.phase == number else None
@@ -103,8 +105,16 @@ def prepare_phase(config: RunConfig, number: int) -> PreparedPhase:
         # What the phase was found to fit into when it began.
         max_micro_batch_tokens = record.micro_batch_size * phase.seq_len
     built = build_phase(sized, manifest, phase, device, record, max_micro_batch_tokens)
+    ready = time.perf_counter()
     if checkpoint is not None:
         load_state(built, checkpoint, device)
+    logger.info(
+        "phase %d: checkpoints checked in %.1f s, model built and warmed up in %.1f s, state loaded in %.1f s",
+        number,
+        checked - began,
+        ready - checked,
+        time.perf_counter() - ready,
+    )
     if record is None:
         built.backend.guard.reset()
         blend = blend_after_validation(config, phase, sizes, before)

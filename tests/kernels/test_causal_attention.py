@@ -10,6 +10,7 @@ from benchmarks.attention import exact_attention, relative_errors, results
 from tests.kernels.interpreter import run_interpreted
 from tests.kernels.test_window_attention import random_starts
 from yxanul_nemo.kernels import causal_attention as tiled
+from yxanul_nemo.kernels.attention_limits import BLOCK
 from yxanul_nemo.kernels.causal_attention import (
     ENOUGH_PROGRAMS,
     SHORTEST_PARTED,
@@ -17,7 +18,6 @@ from yxanul_nemo.kernels.causal_attention import (
     parts_of_heads,
 )
 from yxanul_nemo.kernels.heads import Heads
-from yxanul_nemo.kernels.tile_limits import BLOCK
 
 YXANUL_197M = Heads(groups=2, heads_per_group=6, head_dim=64)
 ORDINARY, SURE = 1.0, 60.0

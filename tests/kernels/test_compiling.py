@@ -10,12 +10,12 @@ pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
 from tests.kernels.absent_gpu import compile_launches, spilled_bytes
 from tests.kernels.test_window_attention import angles, random_starts
 from yxanul_nemo.kernels import (
+    attention_limits,
     causal_attention,
     layer_ops,
     muon_kernels,
     split_rope,
     symmetric_product,
-    tile_limits,
     triton_linear_cross_entropy,
     window_attention,
 )
@@ -66,7 +66,7 @@ def attention(capability: tuple[int, int]) -> None:
             through(window_attention.window_attention(mixed, angles(seq_len, 64), HEADS, starts_BT), mixed)
     mixed = bf16(256, 2, HEADS.qkv_width)
     through(split_rope.split_rope(mixed, angles(256, 64), HEADS), mixed)
-    if capability[0] == tile_limits.CAPABILITY:
+    if capability[0] == attention_limits.TILED_CAPABILITY:
         # A group's heads in one and, as in a small batch of long windows, in parts.
         for seq_len in (128, causal_attention.SHORTEST_PARTED):
             for starts_BT in (None, random_starts(seq_len, 2)):

@@ -8,8 +8,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is installed on Linux hosts only")
 from benchmarks.attention import exact_attention
 from tests.kernels.interpreter import run_interpreted
+from yxanul_nemo.kernels.attention_limits import LONGEST_SHORT_WINDOW, SHORT_HEAD_DIMS, why_not_short
 from yxanul_nemo.kernels.heads import Heads
-from yxanul_nemo.kernels.window_attention import HEAD_DIMS, LONGEST_WINDOW, why_unsupported, window_attention
+from yxanul_nemo.kernels.window_attention import window_attention
 
 LENGTHS = (1, 2, 8, 16, 24, 32, 63, 64, 65, 100, 128)
 MASKED_LENGTHS = (1, 8, 24, 64, 100, 128)
@@ -75,10 +76,10 @@ def interpreted():
 
 
 def test_what_is_not_supported_is_named():
-    assert why_unsupported(torch.bfloat16, LONGEST_WINDOW, HEAD_DIMS[0]) is None
-    assert "float32" in why_unsupported(torch.float32, 8, 64)
-    assert str(LONGEST_WINDOW + 1) in why_unsupported(torch.bfloat16, LONGEST_WINDOW + 1, 64)
-    assert "48" in why_unsupported(torch.bfloat16, 8, 48)
+    assert why_not_short("bfloat16", LONGEST_SHORT_WINDOW, SHORT_HEAD_DIMS[0]) is None
+    assert "float32" in why_not_short("float32", 8, 64)
+    assert str(LONGEST_SHORT_WINDOW + 1) in why_not_short("bfloat16", LONGEST_SHORT_WINDOW + 1, 64)
+    assert "48" in why_not_short("bfloat16", 8, 48)
 
 
 @pytest.mark.gpu

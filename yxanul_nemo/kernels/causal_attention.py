@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from yxanul_nemo.kernels.attention_limits import BLOCK
 from yxanul_nemo.kernels.causal_attention_kernels import (
     key_value_gradients_kernel,
     query_gradient_kernel,
     tiled_forward_kernel,
 )
-from yxanul_nemo.kernels.tile_limits import BLOCK
 
 FORWARD_REGISTERS = 96
 """Of a thread, so that five programs fit on a multiprocessor with two stages, which saves 9 to 22% of the kernel's time (LOG.md)."""
@@ -46,7 +46,7 @@ def causal_attention(q_TBHD: Tensor, k_TBGD: Tensor, v_TBGD: Tensor, starts_BT: 
     """Attention of each window's tokens to themselves and what is before them; scores are scaled by 1 / sqrt(head_dim).
 
     Args:
-        q_TBHD: [tokens, windows, query heads, head_dim] BF16; as `tile_limits.why_unsupported` has it, and FP32 in Triton's interpreter.
+        q_TBHD: [tokens, windows, query heads, head_dim] BF16; as `attention_limits.why_not_tiled` has it, and FP32 in Triton's interpreter.
         k_TBGD, v_TBGD: [tokens, windows, groups, head_dim]; query head h sees those of group h // (query heads / groups).
         starts_BT: the first token of its window that each token sees [windows, tokens] int32, at most its own place and never less than
             that of the token before (`model.documents.document_starts`); None: 0 for all.

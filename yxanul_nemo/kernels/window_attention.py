@@ -1,6 +1,6 @@
 """Causal attention inside short windows, from the mixed projection to the heads' outputs in one kernel each way.
 
-A window of up to `LONGEST_WINDOW` tokens fits one tile, several short ones share it, and a block-diagonal mask keeps them apart, and
+A window of up to `LONGEST_SHORT_WINDOW` tokens fits one tile, several short ones share it, and a block-diagonal mask keeps them apart, and
 documents inside them where that is asked for. So there is no pass over keys to keep a running maximum for, RoPE is applied on the
 way in (and undone on the way out of backward), queries, keys and values are never split into tensors of their own, and backward
 needs nothing but the inputs. General attention libraries spend their time on launches and layout at these lengths: a tile of theirs
@@ -14,24 +14,9 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from yxanul_nemo.kernels.attention_limits import dtype_name, why_not_short
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.window_attention_kernels import window_backward_kernel, window_forward_kernel
-
-LONGEST_WINDOW = 128
-"""Longest window that these kernels take."""
-HEAD_DIMS = (32, 64, 128)
-"""Widths of a head that they take."""
-
-
-def why_unsupported(dtype: torch.dtype, seq_len: int, head_dim: int) -> str | None:
-    """Why these kernels cannot take such a projection, or None if they can."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the projection is {dtype}, not torch.bfloat16 or torch.float16"
-    if seq_len > LONGEST_WINDOW:
-        return f"windows of {seq_len} tokens are longer than {LONGEST_WINDOW}"
-    if head_dim not in HEAD_DIMS:
-        return f"the head dimension is {head_dim}, not one of {HEAD_DIMS}"
-    return None
 
 
 def window_attention(qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads, starts_BT: Tensor | None = None) -> Tensor:
@@ -45,7 +30,7 @@ def window_attention(qkv_TBQ: Tensor, angles_TD: Tensor, heads: Heads, starts_BT
     Returns:
         [tokens, windows, heads x head_dim] in the dtype of the input.
     """
-    reason = why_unsupported(qkv_TBQ.dtype, qkv_TBQ.size(0), heads.head_dim)
+    reason = why_not_short(dtype_name(qkv_TBQ.dtype), qkv_TBQ.size(0), heads.head_dim)
     assert reason is None, reason
     assert qkv_TBQ.size(2) == heads.qkv_width and qkv_TBQ.size(0) == angles_TD.size(0)
     assert starts_BT is None or starts_BT.shape == (qkv_TBQ.size(1), qkv_TBQ.size(0))

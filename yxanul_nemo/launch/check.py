@@ -9,12 +9,13 @@ import torch
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.errors import UserError
+from yxanul_nemo.kernels.attention_limits import dtype_name
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.environment import describe_environment
 from yxanul_nemo.machine.runtime import check_precision, formats_of, resolve_device, resolve_layer_spec, te_version
 from yxanul_nemo.model.build import build_model
 from yxanul_nemo.model.documents import TYPICAL_DOCUMENT_TOKENS, room_for
-from yxanul_nemo.model.fused_layers import uses_tiles
+from yxanul_nemo.model.layer_choices import attention_of, lists_documents
 from yxanul_nemo.model.memory import MOST_MICRO_BATCH_TOKENS
 from yxanul_nemo.plan.needs import missing_needs
 from yxanul_nemo.plan.preflight import needs_of
@@ -93,8 +94,6 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
     """Which attention the layers of Transformer Engine take at each sequence length of the recipe."""
     from transformer_engine.pytorch.attention.dot_product_attention.utils import AttentionParams, get_attention_backend
 
-    from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW
-
     capability = torch.cuda.get_device_capability()
     dtype = torch.float32 if config.precision.name == "fp32" else torch.bfloat16
     trained = {phase.seq_len for phase in config.curriculum.phases}
@@ -102,11 +101,12 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
     cases = {(seq_len, config.data.document_mask) for seq_len in trained} | {(config.validation.eval_len, False)}
     for seq_len, masked in sorted(cases):
         where = f"attention   seq_len {seq_len:>5}{' inside documents' if masked else ''}"
-        if own := own_attention(config, dtype, seq_len, capability):
-            yield f"{where}: {own}"
+        kernel = attention_of(config.model, config.precision, config.parallel, seq_len, capability)
+        if kernel is not None:
+            yield f"{where}: {kernel}"
             continue
         windows = max(1, MOST_MICRO_BATCH_TOKENS // seq_len)
-        lists = masked and dtype == torch.bfloat16 and seq_len > LONGEST_WINDOW
+        lists = masked and lists_documents(dtype_name(dtype), seq_len, kernel)
         tokens = windows * seq_len if lists else 0
         params = AttentionParams(
             qkv_dtype=dtype,
@@ -126,17 +126,6 @@ def describe_attention(config: RunConfig) -> Iterator[str]:
         chosen = "FlashAttention" if flash else "cuDNN fused" if fused else "unfused" if unfused else "none"
         warning = "  (slow, and memory grows with the square of the length)" if chosen == "unfused" else ""
         yield f"{where}: {chosen}{warning}"
-
-
-def own_attention(config: RunConfig, dtype: torch.dtype, seq_len: int, capability: tuple[int, int]) -> str | None:
-    """Which of the project's kernels attention goes through on such a GPU; None: Transformer Engine's."""
-    from yxanul_nemo.model.attention import own_kernel
-
-    if config.parallel.context_parallel > 1:
-        # A rank's tokens are not neighbours.
-        return None
-    tiles_on = capability if uses_tiles(config.precision, config.parallel) else None
-    return own_kernel(dtype, seq_len, config.model.head_dim, tiles_on)
 
 
 def probe_precision(config: RunConfig, name: str) -> str:

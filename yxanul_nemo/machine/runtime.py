@@ -16,6 +16,7 @@ from yxanul_nemo.config.training import NumberFormat, ParallelConfig, PrecisionC
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.gpus import rank_and_processes
+from yxanul_nemo.machine.number_formats import require_on_cpu, require_on_gpu
 
 QUIET_JOIN_SECONDS = 20.0
 """How long ranks may take to come before one says that it waits."""
@@ -70,28 +71,19 @@ def resolve_layer_spec(parallel: ParallelConfig, device: str) -> str:
 
 def check_precision(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> None:
     """Refuse number formats that this machine cannot compute in, with the reason and the nearest that it can."""
-    where = "precision.name"
     if device == "cpu":
-        if precision.name != "fp32":
-            raise UserError(where, f"is {precision.name} on a CPU", "fp32", "Set precision=fp32, or train on a GPU.")
+        require_on_cpu(precision, way_out="train on a GPU")
         return
     if not precision.is_fp8:
         return
-    capability = torch.cuda.get_device_capability()
-    name = torch.cuda.get_device_name()
     if resolve_layer_spec(parallel, device) != "te":
         raise UserError(
-            where,
+            "precision.name",
             f"is {precision.name} without Transformer Engine",
             "bf16, or Transformer Engine",
             "Run `uv sync --inexact --extra te`.",
         )
-    if precision.name == "mxfp8" and capability < (10, 0):
-        raise UserError(where, f"is mxfp8 on {name}", "a Blackwell GPU", "Set precision=fp8_hybrid.")
-    if capability < (8, 9):
-        raise UserError(
-            where, f"is {precision.name} on {name}", "an Ada, Hopper or Blackwell GPU", "Set precision=bf16."
-        )
+    require_on_gpu(precision, torch.cuda.get_device_name(), torch.cuda.get_device_capability())
 
 
 def formats_of(precision: PrecisionConfig, parallel: ParallelConfig, device: str) -> tuple[NumberFormat, ...]:

@@ -6,25 +6,13 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
+from yxanul_nemo.kernels.attention_limits import dtype_name
 from yxanul_nemo.kernels.causal_attention import causal_attention
 from yxanul_nemo.kernels.heads import Heads
 from yxanul_nemo.kernels.split_rope import split_rope
-from yxanul_nemo.kernels.tile_limits import why_unsupported as why_tiles_cannot
-from yxanul_nemo.kernels.window_attention import why_unsupported, window_attention
+from yxanul_nemo.kernels.window_attention import window_attention
 from yxanul_nemo.model.documents import hidden_tokens
-
-TILES, WINDOW = "tiled kernels", "window kernel"
-
-
-def own_kernel(dtype: torch.dtype, seq_len: int, head_dim: int, tiles_on: tuple[int, int] | None) -> str | None:
-    """Which of the project's kernels attention in such windows is for: TILES (`causal_attention`), WINDOW (`window_attention`) or neither.
-
-    Args:
-        tiles_on: compute capability of the GPU where attention may go by tiles (`model.fused_layers.uses_tiles`), else None.
-    """
-    if tiles_on is not None and why_tiles_cannot(dtype == torch.bfloat16, seq_len, head_dim, tiles_on) is None:
-        return TILES
-    return WINDOW if why_unsupported(dtype, seq_len, head_dim) is None else None
+from yxanul_nemo.model.layer_choices import TILES, WINDOW, attention_kernel
 
 
 class WindowSelfAttention(SelfAttention):
@@ -36,7 +24,7 @@ class WindowSelfAttention(SelfAttention):
     """
 
     uses_tiles = False
-    """`model.fused_layers.uses_tiles`."""
+    """`model.layer_choices.uses_tiles`."""
 
     def forward(
         self,
@@ -77,15 +65,16 @@ class WindowSelfAttention(SelfAttention):
 
     def takes_mixed(self, seq_len: int, dtype: torch.dtype) -> bool:
         """Whether whole windows of this length go through `window_attention`, straight from the mixed projection."""
-        return self._own_kernel(seq_len, dtype) == WINDOW
+        return self.kernel_for(seq_len, dtype) == WINDOW
 
     def takes_tiles(self, seq_len: int, dtype: torch.dtype) -> bool:
         """Whether windows of this length, whole or with documents in them, go through `causal_attention`."""
-        return self._own_kernel(seq_len, dtype) == TILES
+        return self.kernel_for(seq_len, dtype) == TILES
 
-    def _own_kernel(self, seq_len: int, dtype: torch.dtype) -> str | None:
+    def kernel_for(self, seq_len: int, dtype: torch.dtype) -> str | None:
+        """`model.layer_choices.attention_kernel` of windows of this length on this GPU."""
         tiles_on = torch.cuda.get_device_capability() if self.uses_tiles else None
-        return own_kernel(dtype, seq_len, self.heads.head_dim, tiles_on)
+        return attention_kernel(dtype_name(dtype), seq_len, self.heads.head_dim, tiles_on)
 
     def attend(
         self,

@@ -6,9 +6,9 @@ from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.log import logger
 from yxanul_nemo.machine.runtime import check_precision, init_process_groups, resolve_device, resolve_layer_spec
-from yxanul_nemo.model.fused_layers import uses_tiles, why_not_fused
 from yxanul_nemo.model.gpt import YxanulGPT, transformer_config
 from yxanul_nemo.model.init import initialize
+from yxanul_nemo.model.layer_choices import uses_tiles, why_not_fused
 
 
 def build_model(
@@ -34,7 +34,8 @@ def build_model(
     layer_spec = resolve_layer_spec(parallel, device)
     init_process_groups(parallel, device, seed)
     config = transformer_config(model, precision, parallel, layer_spec, device == "cuda", seq_len)
-    modules_because = why_not_fused(model, precision, parallel) or _why_not_on_this_gpu(device)
+    capability = torch.cuda.get_device_capability() if device == "cuda" else None
+    modules_because = why_not_fused(model, precision, parallel, capability)
     if layer_spec == "te" and precision.is_fp8:
         logger.info(
             "FP8 layers: %s", f"Transformer Engine's modules, {modules_because}" if modules_because else "fused"
@@ -50,13 +51,6 @@ def build_model(
     if drawn:
         initialize(built, model, seed)
     return built.to(device)
-
-
-def _why_not_on_this_gpu(device: str) -> str | None:
-    """Fused layers hand weights to backward products in transposed order alone, which is what Ada and Hopper multiply."""
-    if device == "cuda" and (capability := torch.cuda.get_device_capability()) >= (10, 0):
-        return f"fused ones were not tried with compute capability {capability[0]}.{capability[1]}"
-    return None
 
 
 def reference_precision() -> tuple[PrecisionConfig, ParallelConfig]:

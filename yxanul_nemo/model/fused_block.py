@@ -5,7 +5,7 @@ norm, the next projection to queries, keys and values. Inside a stretch each mat
 that each product needs (`kernels.layer_ops`), which separate modules cannot do, whose results leave them in BF16. Scales are delayed
 (`delayed_scales`). Attention itself is what `WindowSelfAttention` uses.
 
-`fused_layers.why_not_fused` says which models it is not for: theirs, and BF16's, is Megatron-core's block of Transformer Engine's modules.
+`layer_choices.why_not_fused` says which models it is not for: theirs, and BF16's, is Megatron-core's block of Transformer Engine's modules.
 """
 
 from collections.abc import Iterator

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
+from yxanul_nemo.kernels.attention_limits import dtype_name, why_not_short
 from yxanul_nemo.kernels.linear_cross_entropy import linear_cross_entropy
 from yxanul_nemo.model.counts import parameter_count
 from yxanul_nemo.model.documents import Documents, document_starts, hidden_tokens, packed_sequences
 from yxanul_nemo.model.embedding import FactorizedEmbedding
+from yxanul_nemo.model.layer_choices import lists_documents
 from yxanul_nemo.model.layers import TorchRotaryEmbedding, te_layer_spec, torch_block_spec
 
 
@@ -106,10 +108,8 @@ class YxanulGPT(GPTModel):
         """Whether attention in windows of this length is kept inside documents by a list of them, which needs `Documents.room`."""
         if not (self.with_te and self.config.bf16):
             return False
-        from yxanul_nemo.kernels.window_attention import LONGEST_WINDOW
-
-        takes_tiles = self.decoder.layers[0].self_attention.takes_tiles(seq_len, torch.bfloat16)
-        return seq_len > LONGEST_WINDOW and not takes_tiles
+        kernel = self.decoder.layers[0].self_attention.kernel_for(seq_len, torch.bfloat16)
+        return lists_documents("bfloat16", seq_len, kernel)
 
     def _head(self, *, hidden_states: Tensor, labels: Tensor | None, output_weight: Tensor, **_: object) -> Tensor:
         tp_group = self.pg_collection.tp if self.config.tensor_model_parallel_size > 1 else None
@@ -149,9 +149,9 @@ SHORTEST_FUSED_SEQ_LEN = 128
 
 def attention_backend(seq_len: int | None, head_dim: int, dtype: torch.dtype) -> AttnBackend:
     """Transformer Engine's choice for windows of this length, of which those that `WindowSelfAttention` takes never get there."""
-    from yxanul_nemo.kernels.window_attention import why_unsupported
-
-    if seq_len is None or seq_len >= SHORTEST_FUSED_SEQ_LEN or why_unsupported(dtype, seq_len, head_dim) is None:
+    if seq_len is None or seq_len >= SHORTEST_FUSED_SEQ_LEN:
+        return AttnBackend.auto
+    if why_not_short(dtype_name(dtype), seq_len, head_dim) is None:
         return AttnBackend.auto
     return AttnBackend.unfused
 

@@ -11,7 +11,7 @@ from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.figures import GIB
 from yxanul_nemo.model.counts import moment_count, parameter_count
-from yxanul_nemo.model.fused_layers import why_not_fused
+from yxanul_nemo.model.layer_choices import why_not_fused
 
 MEASURED_MODEL = ModelConfig(
     name="yxanul_197m",

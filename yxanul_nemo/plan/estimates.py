@@ -13,10 +13,9 @@ import numpy as np
 
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.training import ParallelConfig, PrecisionConfig
-from yxanul_nemo.kernels.tile_limits import why_unsupported
 from yxanul_nemo.machine.gpu_table import BY_KEY, Gpu
 from yxanul_nemo.model.counts import moment_count, parameter_count, training_flops_per_token
-from yxanul_nemo.model.fused_layers import uses_tiles, why_not_fused
+from yxanul_nemo.model.layer_choices import TILES, attention_of, why_not_fused
 from yxanul_nemo.model.memory import MEASURED_MODEL, MEASURED_VOCAB_SIZE
 
 MEASURED_ON = "one H100 SXM, 197M model, 2026-11-26"
@@ -107,10 +106,10 @@ def forecast_speed(
     of_peak = gpu.bf16_flops_per_second / MEASURED_GPU.bf16_flops_per_second
     step = (micro_batch_tokens, accumulation) if of_peak == 1 else TYPICAL_STEP
     share = H200_SHARE if gpu.key == "h200" else 1.0
-    if precision.is_fp8 and why_not_fused(model, precision, parallel) is not None:
+    if precision.is_fp8 and why_not_fused(model, precision, parallel, gpu.capability) is not None:
         share *= MODULES_SHARE
     attention_share = 1.0
-    if not uses_tiles(precision, parallel) or why_unsupported(True, seq_len, model.head_dim, gpu.capability):
+    if attention_of(model, precision, parallel, seq_len, gpu.capability) != TILES:
         attention_share = _over_lengths(OTHER_ATTENTION_SHARE, seq_len)
     rate = share * attention_share * of_peak / (flops / _flops_per_second(seq_len) + _fixed_seconds_per_token(*step))
     if not precision.is_fp8:

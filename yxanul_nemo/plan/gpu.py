@@ -4,6 +4,7 @@ from yxanul_nemo.config.run import RunConfig, check_fp8_shapes
 from yxanul_nemo.config.training import PrecisionConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.machine.gpu_table import BY_KEY, Gpu, gpu_named
+from yxanul_nemo.machine.number_formats import require_on_cpu, require_on_gpu
 
 
 def choose_gpu(config: RunConfig, found: list[str]) -> tuple[Gpu | None, str]:
@@ -53,14 +54,7 @@ def planned_precision(config: RunConfig, gpu: Gpu | None) -> PrecisionConfig:
 
 def check_gpu_precision(precision: PrecisionConfig, gpu: Gpu | None) -> None:
     """Refuse number formats that the GPU (None: a CPU) cannot compute in, as training on it would."""
-    where = "precision.name"
     if gpu is None:
-        if precision.name != "fp32":
-            raise UserError(where, f"is {precision.name} on a CPU", "fp32", "Set precision=fp32, or plan.gpu=h100.")
-        return
-    if precision.name == "mxfp8" and gpu.capability < (10, 0):
-        raise UserError(where, f"is mxfp8 on {gpu.name}", "a Blackwell GPU", "Set precision=fp8_hybrid.")
-    if precision.is_fp8 and gpu.capability < (8, 9):
-        raise UserError(
-            where, f"is {precision.name} on {gpu.name}", "an Ada, Hopper or Blackwell GPU", "Set precision=bf16."
-        )
+        require_on_cpu(precision, way_out="plan.gpu=h100")
+    else:
+        require_on_gpu(precision, gpu.name, gpu.capability)

@@ -38,7 +38,7 @@ PATH_KEYS = (
     "data.sources.text.path",
     "validation.dir",
     "validation.domains.mine.path",
-    "evaluate.harness_folder",
+    "evaluate.tasks_folder",
     "from",
 )
 ODD = "ab '\"\\{}[](),:;=#%~!*?|&<>@$\t\u00f7\u4f60"
@@ -185,7 +185,6 @@ def test_numbers_are_read_as_people_write_them(written: str, number: int, key: s
         ("guards.hang_minutes", "2h", 120),
         ("guards.hang_minutes", "90s", 1.5),
         ("guards.hang_minutes", "1h 30m", 90),
-        ("evaluate.time_limit_seconds", "1.5min", 90),
         ("cluster.signal_seconds", "5m", 300),
         ("cluster.time", "2h", "02:00:00"),
         ("cluster.time", "1d 12h", "1-12:00:00"),

@@ -273,3 +273,19 @@ def test_thetrained_formats_are_those_that_phases_were_trained_in(make_run: Call
     first = begun.phases[0].model_copy(update={"precision": "fp8_hybrid"})
     both = begun.model_copy(update={"phases": (first, *begun.phases[1:])})
     assert trained_formats(replace(run, ledger=both)) == "fp8_hybrid, bf16"
+
+
+def test_results_at_tasks_are_on_the_page(make_run: Callable[..., RunConfig]) -> None:
+    config = make_run()
+    folder = config.run.folder.evaluation
+    folder.mkdir()
+    scored = {"questions": 1234, "chance": 0.25, "metrics": {"acc": {"value": 0.511, "standard_error": 0.038}}}
+    tasks = {"cloze_prose": scored, "piqa": {"unavailable": HOSTILE}}
+    result = {"model": "runs/x/checkpoints/y", "tasks": tasks, "accuracy_above_chance": 0.348}
+    (folder / "x.json").write_text(json.dumps(result))
+    # As version 0.1.0 wrote them.
+    (folder / "old.json").write_text(json.dumps({"model": "z", "tasks": {}, "harness": {}}))
+    rows = Page(run_report_stage(config)).rows
+    assert ["cloze_prose", "acc", "1,234", "0.511 ± 0.038", "0.250"] in rows
+    assert ["piqa", "-", "-", "not available", "-"] in rows
+    assert ["mean above chance", "", "", "0.348", ""] in rows

@@ -26,7 +26,11 @@ REQUEST_ONLY_FIELDS = {"from_", "prompt", "callbacks"}
 """Fields that belong to one command and are not stored with a run. Callbacks name code: who writes a file must not choose what is run."""
 FILE_WIDTH = 120
 """Longest line of a configuration's file, where its values allow it."""
-RETIRED_KEYS = ("parallel.overlap_gradients", "plan.overlap", "plan.scale_to", "checkpoint.allow_mismatch")
+RETIRED_KEYS = (
+    "parallel.overlap_gradients", "plan.overlap", "plan.scale_to", "checkpoint.allow_mismatch",
+    "evaluate.problems", "evaluate.max_new_tokens",
+    "evaluate.time_limit_seconds", "evaluate.memory_limit_mib", "evaluate.harness_tasks", "evaluate.harness_folder",
+)  # fmt: skip
 """Keys of earlier versions that decided nothing about a model. A stored configuration may have them; they are left out."""
 
 

@@ -24,7 +24,7 @@ LOOKING = {
     "compare_tokenizers": "the run's tokenizer beside plain BPE of its size",
     "report": "run.dir/report/index.html: curves, plan and reality, held-out text, samples; runs=[runs/a,runs/b] compares",
     "generate": "text from the run's best checkpoint or from=PATH: prompt='Once upon a time' generate.temperature=0.8",
-    "evaluate": "the same model at questions made of held-out text; evaluate.tasks=[gsm8k] and others",
+    "evaluate": "the same model at tasks of lm-evaluation-harness and at questions made of held-out text",
     "import": "from=PATH, a .nemo file or Hugging Face folder, as the first checkpoint of a new run",
     "branch": "from=RUN@TOKENS run.dir=NEW: a new run from a checkpoint of another, with its moments and its place in the data",
     "help": "this page",

@@ -48,6 +48,8 @@ class Run:
     """Why there is no plan."""
     environment: dict[str, Any]
     exported: dict[str, Any] | None
+    evaluations: list[dict[str, Any]]
+    """Results of `stage=evaluate`, by the names of their files."""
 
     @property
     def total_tokens(self) -> int:
@@ -114,6 +116,7 @@ def read_run(run_dir: Path, label: str | None = None) -> Run:
         plan_note=plan_note,
         environment=environment,
         exported=_json(folder.export_record),
+        evaluations=_evaluations(folder),
     )
 
 
@@ -156,6 +159,12 @@ def _records(path: Path) -> dict[str, np.ndarray]:
 def _validations(folder: RunFolder, phases: list[Phase]) -> dict[int, dict[str, Any]]:
     found = {phase.number: _json(folder.phase_result(phase.number)) for phase in phases}
     return {number: result for number, result in found.items() if result is not None}
+
+
+def _evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    found = (_json(path) for path in sorted(folder.evaluation.glob("*.json")))
+    # Version 0.1.0 wrote other figures there.
+    return [result for result in found if result is not None and "accuracy_above_chance" in result]
 
 
 def _json(path: Path) -> dict[str, Any] | None:

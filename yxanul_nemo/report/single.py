@@ -14,6 +14,7 @@ from yxanul_nemo.report.gather import Run
 from yxanul_nemo.report.page import Card, Section, Table, render
 from yxanul_nemo.report.samples import Sample
 from yxanul_nemo.report.style import Chart
+from yxanul_nemo.report.tasks import tasks_sections
 from yxanul_nemo.validation.record import advice
 
 NONE = "-"
@@ -36,6 +37,7 @@ def run_page(run: Run, charts: Mapping[str, Chart], samples: list[Sample]) -> st
         Section(
             "validation", "Held-out text", _validation_note(run), _some(charts, "validation"), _validation_tables(run)
         ),
+        *tasks_sections(run),
         Section(
             "plan",
             "Plan and reality",

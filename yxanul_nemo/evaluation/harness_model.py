@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from data_prep.tokenizers.tokenizer import Tokenizer
-from yxanul_nemo.export.llama import generation_settings
+from yxanul_nemo.export.llama import generate_ids
 from yxanul_nemo.export.source import Loaded
 
 BATCH_TOKENS = 8192
@@ -62,8 +62,8 @@ class HarnessModel(TemplateLM):
         """
         asked: dict[tuple[int, ...], list[tuple[int, list[int]]]] = defaultdict(list)
         for number, (_, context, continuation) in enumerate(requests):
-            tokens = (context + continuation)[-(self.max_length + 1) :]
-            asked[tuple(tokens[:-1])].append((number, continuation[-len(tokens) + 1 :]))
+            given = (context + continuation)[-(self.max_length + 1) :]
+            asked[tuple(given[:-1])].append((number, continuation[-len(given) + 1 :]))
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         inputs = sorted(asked, key=len)
         for batch in _batches(inputs, [len(tokens) for tokens in inputs]):
@@ -136,10 +136,9 @@ class HarnessModel(TemplateLM):
         sampling = {"do_sample": True, "temperature": settings["temperature"]} if settings["do_sample"] else {}
         chosen = GenerationConfig(max_new_tokens=most, eos_token_id=eos_id, pad_token_id=eos_id, **sampling)
         ends = StoppingCriteriaList([_StopTexts(self._own_tokenizer, stops, longest)])
-        with generation_settings(self._loaded.model, chosen):
-            made_BT = self._loaded.model.generate(
-                ids_BT.to(self._device), attention_mask=mask_BT.to(self._device), stopping_criteria=ends
-            )
+        made_BT = generate_ids(
+            self._loaded.model, ids_BT.to(self._device), chosen, mask_BT=mask_BT.to(self._device), stopping=ends
+        )
         return [self._own_tokenizer.decode(tokens) for tokens in made_BT[:, longest:].tolist()]
 
 

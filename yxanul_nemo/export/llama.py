@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteriaList
 from transformers.utils import logging as transformers_logging
 
 from yxanul_nemo.export.llama_shape import LlamaShape
@@ -67,13 +67,28 @@ def greedy(model: LlamaForCausalLM, prompts_BT: Tensor, new_tokens: int) -> Tens
 
 
 @torch.inference_mode()
-def generate_ids(model: LlamaForCausalLM, prompts_BT: Tensor, settings: GenerationConfig) -> Tensor:
+def generate_ids(
+    model: LlamaForCausalLM,
+    prompts_BT: Tensor,
+    settings: GenerationConfig,
+    mask_BT: Tensor | None = None,
+    stopping: StoppingCriteriaList | None = None,
+) -> Tensor:
     """Return prompts and continuations by `model.generate` under `settings` alone; as arguments they would be mixed with the model's
-    own (transformers 5)."""
+    own (transformers 5).
+
+    Args:
+        model: the model.
+        prompts_BT: padded at the left where they differ in length.
+        settings: of the continuation.
+        mask_BT: 0 where a prompt is padded; None: nowhere.
+        stopping: further reasons to end a row.
+    """
     kept, model.generation_config = model.generation_config, settings
-    mask_BT = torch.ones_like(prompts_BT)
+    mask_BT = torch.ones_like(prompts_BT) if mask_BT is None else mask_BT
     try:
-        return model.generate(prompts_BT, attention_mask=mask_BT)  # type: ignore[misc, return-value]  # declared for any self and result
+        # transformers declares `self` as another type, and the result as any of those that other settings give.
+        return model.generate(prompts_BT, attention_mask=mask_BT, stopping_criteria=stopping)  # type: ignore[misc, return-value]  # see above
     finally:
         model.generation_config = kept
 

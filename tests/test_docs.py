@@ -66,8 +66,24 @@ def check(command: str) -> None:
     words = shlex.split(command)
     project = tomllib.loads((REPO_DIR / "pyproject.toml").read_text(encoding="utf-8"))
     match words:
-        case ["pip", "install", "uv"] | ["uv", "lock"]:
+        case (
+            ["pip", "install", "uv" | "."]
+            | ["uv", "lock"]
+            | ["cd", "yxanul"]
+            | ["git", "clone", "REPOSITORY", "yxanul"]
+        ):
             pass
+        case ["sudo", "apt" | "reboot", *_] | ["curl", "-LsSf", "https://astral.sh/uv/install.sh", "|", "sh"]:
+            pass
+        case ["uvx", "--python", "3.12", "--from", _, "yxanul", *arguments]:
+            assert "yxanul" in project["project"]["scripts"]
+            check_launcher(arguments)
+        case ["nohup", "uv", "run", "python", "launcher.py", *arguments, ">", "train.log", "2>&1", "&"]:
+            check_launcher(arguments)
+        case ["apptainer", "build", "yxanul.sif", definition]:
+            assert (REPO_DIR / definition).read_text(encoding="utf-8").startswith("Bootstrap: docker\n")
+        case ["apptainer", "run", "--nv", "yxanul.sif", *arguments]:
+            check_launcher(arguments)
         case ["uv", "sync", *options]:
             options = [option for option in options if option != "--inexact"]
             assert len(options) % 2 == 0 and set(options[::2]) <= {"--extra"}

@@ -1,5 +1,6 @@
 """What container/Dockerfile installs: the project's requirements without those that belong to an image's torch and CUDA."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -34,3 +35,17 @@ def test_a_replaced_package_fails_the_build(tmp_path: Path) -> None:
 
 def test_anything_else_is_answered_with_the_usage() -> None:
     assert output().returncode == output("chekc").returncode == 2
+
+
+def test_both_images_are_made_by_the_same_steps() -> None:
+    """Docker's and Apptainer's: the same base, the same commands of packages.py, and all that the launcher needs."""
+    folder = SCRIPT.parents[1] / "container"
+    docker, apptainer = ((folder / name).read_text(encoding="utf-8") for name in ("Dockerfile", "yxanul.def"))
+    base = re.search(r"ARG BASE=(\S+)", docker)
+    assert base is not None and f"From: {base[1]}\n" in apptainer
+    steps = [
+        re.findall(r"(?:python container/packages\.py|PIP_CONSTRAINT=) [^\\\n]+", text) for text in (docker, apptainer)
+    ]
+    assert [step.strip() for step in steps[0]] == [step.strip() for step in steps[1]] and len(steps[0]) == 4
+    for source, _ in re.findall(r"^    (?!cd )(\S+) (/workspace/\S+)$", apptainer, re.MULTILINE):
+        assert (SCRIPT.parents[1] / source).exists()

@@ -88,6 +88,14 @@ def test_what_is_not_chosen_is_not_asked_for(make_config: Callable[..., RunConfi
     assert script.startswith("#!/bin/bash\n")
 
 
+def test_the_demo_asks_for_no_gpus(make_config: Callable[..., RunConfig]) -> None:
+    """Its recipe is for a CPU, and a cluster without GPUs refuses a job that names them."""
+    config = make_config("cluster=slurm")
+    assert config.cluster.gpus_per_node > 0
+    for task in (Task("data"), Task("train", 1), Task("validate"), Task("export")):
+        assert not any("gpu" in line or "gres" in line for line in lines(render(config, task, None)))
+
+
 def test_srun_starts_one_rank_for_each_gpu(make_config: Callable[..., RunConfig]) -> None:
     config = make_config(*LAB)
     assert world_size(config) == 16

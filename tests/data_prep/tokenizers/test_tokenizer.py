@@ -144,6 +144,8 @@ def test_transformers_give_the_same_ids(all_kinds, kind):
     assert theirs.eos_token_id == ours.eos_id
     assert theirs.pad_token_id == (None if ours.pad_token is None else ours.pad_id)
     assert len(theirs) == ours.vocab_size
+    # Further inputs, as token types, would be refused by a Llama's `generate`.
+    assert set(theirs("text")) == {"input_ids", "attention_mask"} == set(theirs.model_input_names)
 
 
 def test_transformers_give_the_same_ids_beside_a_llama_config(superbpe_folder, tmp_path):

@@ -12,14 +12,10 @@ asked for has no result.
 
 import argparse
 import json
-import os
-import queue
 import shutil
-import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +23,8 @@ import numpy as np
 
 from yxanul_nemo.config.conf_files import REPO_DIR
 from yxanul_nemo.files import write_json_atomic
+from yxanul_nemo.launch.arms import Arm as LaunchedArm
+from yxanul_nemo.launch.arms import run_arms
 from yxanul_nemo.model.counts import training_flops_per_token
 from yxanul_nemo.report.gather import Run, read_run
 from yxanul_nemo.validation.record import in_phase_results
@@ -96,62 +94,13 @@ SUITES: dict[str, list[Arm]] = {
 }
 
 
-@dataclass
-class Pool:
-    """Runs on GPUs, a thread for each place; results as they come."""
-
-    out: Path
-    common: tuple[str, ...]
-    tokenizers: dict[str, tuple[str, ...]]
-    keep: bool
-    results: dict[str, Any] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    data_locks: dict[str, threading.Lock] = field(default_factory=dict)
-
-    def work(self, arms: "queue.SimpleQueue[Arm]", gpu: str) -> None:
-        """Run what is left until nothing is."""
-        while True:
-            try:
-                arm = arms.get_nowait()
-            except queue.Empty:
-                return
-            began = time.time()
-            code = self._run(arm, gpu)
-            if code:
-                print(f"{arm.name}: exit code {code}, see {self.out / arm.name}.log", flush=True)
-                continue
-            summary = summarize(read_run(self.out / arm.name)) | {
-                "recipe": arm.recipe,
-                "wall_seconds": time.time() - began,
-            }
-            with self.lock:
-                self.results[arm.name] = summary
-                write_json_atomic(self.out / RESULTS_NAME, self.results)
-            print(f"{arm.name}: {summary['final']} in {summary['wall_seconds']:.0f} s", flush=True)
-            if not self.keep:
-                shutil.rmtree(self.out / arm.name / "checkpoints")
-
-    def _run(self, arm: Arm, gpu: str) -> int:
-        folder = self.out / arm.name
-        arguments = [
-            f"recipe={arm.recipe}", f"run.dir={folder}", f"data.dir={self.out / ('tokens-' + arm.tokenizer)}",
-            *self.common, *self.tokenizers.get(arm.tokenizer, ()), *arm.overrides,
-        ]  # fmt: skip
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpu} if gpu != "none" else dict(os.environ)
-        with open(f"{folder}.log", "a") as log:
-
-            def launch(stage: str) -> int:
-                command = [sys.executable, "launcher.py", f"--config-dir={CONF_DIR}", *arguments, f"stage={stage}"]
-                return subprocess.run(
-                    command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
-                ).returncode
-
-            # The first run with a tokenizer makes the tokens for all of them.
-            with self.lock:
-                data_lock = self.data_locks.setdefault(arm.tokenizer, threading.Lock())
-            with data_lock:
-                code = launch("data")
-            return code or launch("train")
+def as_arm(arm: Arm, out: Path, common: tuple[str, ...], tokenizers: dict[str, tuple[str, ...]]) -> LaunchedArm:
+    """Return the command of a run; those with one tokenizer share its tokens."""
+    arguments = [
+        f"--config-dir={CONF_DIR}", f"recipe={arm.recipe}", f"data.dir={out / ('tokens-' + arm.tokenizer)}",
+        *common, *tokenizers.get(arm.tokenizer, ()), *arm.overrides,
+    ]  # fmt: skip
+    return LaunchedArm(arm.name, out / arm.name, tuple(arguments), ("data", "train"))
 
 
 def summarize(run: Run) -> dict[str, Any]:
@@ -237,20 +186,25 @@ def main() -> int:
     for given in arguments.tokenizer:
         name, _, override = given.partition("=")
         tokenizers[name] = (*tokenizers.get(name, ()), override)
-    arms: queue.SimpleQueue[Arm] = queue.SimpleQueue()
     known = {arm.name: arm for suite in arguments.suite for arm in SUITES[suite]}
     asked_for = arguments.only or list(known)
-    for name in asked_for:
-        if name not in results:
-            arms.put(known[name])
-    pool = Pool(arguments.out, tuple(arguments.overrides), tokenizers, arguments.keep, results)
-    places = [
-        threading.Thread(target=pool.work, args=(arms, gpu)) for _ in range(arguments.per_gpu) for gpu in arguments.gpus
-    ]
-    for place in places:
-        place.start()
-    for place in places:
-        place.join()
+    began = time.time()
+    common = tuple(arguments.overrides)
+    arms = [as_arm(known[name], arguments.out, common, tokenizers) for name in asked_for if name not in results]
+
+    def ended(arm: LaunchedArm, code: int) -> None:
+        if code:
+            print(f"{arm.name}: exit code {code}, see {arm.folder / 'sweep.log'}", flush=True)
+            return
+        summary = summarize(read_run(arm.folder)) | {"recipe": known[arm.name].recipe}
+        results[arm.name] = summary
+        write_json_atomic(results_path, results)
+        print(f"{arm.name}: {summary['final']} {time.time() - began:.0f} s after the first began", flush=True)
+        if not arguments.keep:
+            shutil.rmtree(arm.folder / "checkpoints")
+
+    places = ["" if gpu == "none" else gpu for gpu in arguments.gpus] * arguments.per_gpu
+    run_arms(arms, places, ended)
     return 0 if results.keys() >= set(asked_for) else 1
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from yxanul_nemo.config.command_line import config_dirs_in, overrides_in
+from yxanul_nemo.config.command_line import config_dirs_in, for_hydra, overrides_in
 from yxanul_nemo.config.conf_files import REPO_DIR
 from yxanul_nemo.config.load import compose, parse
 from yxanul_nemo.curriculum.phases import selected_phases
 from yxanul_nemo.launch.lone_stages import LONE_STAGES
 from yxanul_nemo.launch.stages import selected_stages
+from yxanul_nemo.launch.sweep import plan_sweep
 
 PAGES = [REPO_DIR / "README.md", REPO_DIR / "CONTRIBUTING.md", *sorted((REPO_DIR / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -46,6 +47,9 @@ ALL = [(page, command) for page in PAGES for command in commands(page)]
 
 def check_launcher(arguments: list[str]) -> None:
     """The command line composes, its values are valid, and its stages and phases exist."""
+    if "-m" in arguments:
+        assert len(plan_sweep(overrides_in(for_hydra(arguments)), []).arms) > 1
+        return
     config = parse(compose(overrides_in(arguments), config_dirs_in(arguments)))
     if config.stage not in LONE_STAGES:
         selected_stages(config.stage)

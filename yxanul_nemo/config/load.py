@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from yxanul_nemo.config.base import Section
 from yxanul_nemo.config.conf_files import CONF_DIR
-from yxanul_nemo.config.overriding import adds_to_list, with_entries
+from yxanul_nemo.config.overriding import changes_list, with_entries
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.config.suggest import keys_of, suggest_argument, suggest_key
 from yxanul_nemo.errors import UserError, nearest
@@ -62,7 +62,7 @@ def compose(overrides: Sequence[str] = (), config_dirs: Sequence[Path] = ()) -> 
         if not folder.is_dir():
             raise UserError("--config-dir", f"{folder} is not a folder", "a folder laid out as conf/")
     searched = [f"hydra.searchpath=[{','.join(repr(f'file://{folder.absolute()}') for folder in config_dirs)}]"]
-    new_entries = [override for override in overrides if adds_to_list(override)]
+    new_entries = [override for override in overrides if changes_list(override)]
     overrides = [override for override in overrides if override not in new_entries]
     overrides = [*searched, *overrides] if config_dirs else overrides
     with hydra.initialize_config_dir(str(CONF_DIR), version_base="1.3"):

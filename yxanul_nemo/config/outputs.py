@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from yxanul_nemo.config.base import PathText, PathValue, Section
 from yxanul_nemo.config.data import HubFiles
-from yxanul_nemo.config.private_values import require_no_password_in_url
+from yxanul_nemo.config.private_values import require_no_password_in_url, require_no_secrets_in
 
 
 class CheckpointConfig(Section):
@@ -122,6 +122,21 @@ class LoggingConfig(Section):
     @model_validator(mode="after")
     def _address_alone(self) -> "LoggingConfig":
         require_no_password_in_url("mlflow", str(self.mlflow))
+        return self
+
+
+class NotifyConfig(Section):
+    """Who is told when a run ends by itself."""
+
+    command: str | None = None
+    """Shell command that gets a notice as JSON on its standard input, and YXANUL_EVENT, YXANUL_RUN and YXANUL_MESSAGE as variables, as in
+    `'curl -s --json @- "$HOOK"'` with the secret address in the shell's variable HOOK; unset: none."""
+    events: list[Literal["end", "failure", "preemption"]] = Field(default=["end", "failure", "preemption"])
+    """Of a run's tasks: all that was asked for is done; one has failed; a scheduler has stopped it."""
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> "NotifyConfig":
+        require_no_secrets_in("command", self.command or "")
         return self
 
 

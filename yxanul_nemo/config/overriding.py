@@ -20,13 +20,13 @@ def parsed(overrides: Sequence[str]) -> list[Override] | None:
         return None
 
 
-def adds_to_list(argument: str) -> bool:
-    """Return whether an argument is a whole new entry of a list, as `+curriculum.phases.3={...}`, which Hydra knows no words for."""
-    return re.match(r"\+{0,2}[a-z_.]+\.\d+=\{", argument) is not None
+def changes_list(argument: str) -> bool:
+    """Return whether an argument gives a list a whole entry, as `+curriculum.phases.3={...}`, or takes one out. Hydra cannot."""
+    return re.match(r"\+{0,2}[a-z_.]+\.\d+=\{|~[a-z_.]+\.\d+$", argument) is not None
 
 
 def with_entries(composed: DictConfig, arguments: Sequence[str]) -> DictConfig:
-    """Return a composed configuration with more entries in its lists (`adds_to_list`)."""
+    """Return a composed configuration with other entries in its lists (`changes_list`)."""
     settings: Any = OmegaConf.to_container(composed, resolve=False)
     for override in OverridesParser.create().parse_overrides(list(arguments)):
         apply(settings, override)

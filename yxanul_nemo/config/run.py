@@ -11,8 +11,8 @@ from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, SourceConfig, TokenizerConfig
 from yxanul_nemo.config.model import ModelConfig
-from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, ValidationConfig
-from yxanul_nemo.config.stages import BenchConfig, EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig
+from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, NotifyConfig, ValidationConfig
+from yxanul_nemo.config.stages import BenchConfig, EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig, SweepConfig
 from yxanul_nemo.config.training import GuardsConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from yxanul_nemo.run_folder import RunFolder
 
@@ -50,11 +50,13 @@ class RunConfig(Section):
     guards: GuardsConfig = GuardsConfig()
     validation: ValidationConfig
     logging: LoggingConfig = LoggingConfig()
+    notify: NotifyConfig = NotifyConfig()
     export: ExportConfig = ExportConfig()
     budget: BudgetConfig = BudgetConfig()
     plan: PlanConfig = PlanConfig()
     bench: BenchConfig = BenchConfig()
     report: ReportConfig = ReportConfig()
+    sweep: SweepConfig = SweepConfig()
     cluster: ClusterConfig = ClusterConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -55,6 +55,13 @@ class BenchConfig(Section):
     """Also list the GPU's kernels by their share of a step."""
 
 
+class SweepConfig(Section):
+    """`-m`: a grid of runs. It changes nothing in a run."""
+
+    at_once: int | None = Field(default=None, ge=1)
+    """Runs at work at once; unset: one on each GPU, on a CPU one for every `parallel.cpu_threads` cores (two where that is 0)."""
+
+
 class ReportConfig(Section):
     """The page about a run. It changes nothing in the run."""
 

@@ -6,7 +6,7 @@ What only looks (help, plan, status) answers at once, so everything heavy is imp
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from yxanul_nemo.errors import UserError
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TYPED = sys.argv[1:]
 """The arguments as the shell has handed them over, which the run's records name."""
-ONLY_HYDRA_CAN_READ = {"--hydra-help", "--shell-completion", "-sc", "-m", "--multirun"}
+ONLY_HYDRA_CAN_READ = {"--hydra-help", "--shell-completion", "-sc"}
 
 
 def fail(message: object, exit_code: int) -> None:
@@ -36,7 +36,7 @@ def main() -> None:
         return
     # Before what takes long to compile.
     keep_bytecode(os.environ)
-    from yxanul_nemo.config.command_line import config_dirs_in, for_hydra, has_hydra_options, overrides_in
+    from yxanul_nemo.config.command_line import SWEEPS, config_dirs_in, for_hydra, has_hydra_options, overrides_in
     from yxanul_nemo.config.conf_files import CONF_DIR, own_conf_dirs
     from yxanul_nemo.config.load import compose, parse
     from yxanul_nemo.launch.own_settings import asked_settings
@@ -44,6 +44,11 @@ def main() -> None:
     try:
         arguments = for_hydra(TYPED)
         overrides, config_dirs = overrides_in(arguments), [*config_dirs_in(arguments), *own_conf_dirs()]
+        if SWEEPS & set(arguments):
+            from yxanul_nemo.launch.sweep import run_sweep
+
+            ending_well(lambda: run_sweep(overrides, config_dirs))
+            return
         if not has_hydra_options(arguments):
             config, said = asked_settings(overrides, config_dirs)
         elif not ONLY_HYDRA_CAN_READ & set(arguments):
@@ -73,12 +78,19 @@ def main() -> None:
 
 def run(config: "RunConfig") -> None:
     """Run the stages that a configuration asks for."""
-    from yxanul_nemo.launch.stages import StageFailed, Stopped, run_stages
+    from yxanul_nemo.launch.stages import run_stages
 
     # Hydra may have read them in its own form.
     sys.argv[1:] = TYPED
+    ending_well(lambda: run_stages(config))
+
+
+def ending_well(work: Callable[[], None]) -> None:
+    """Do something; what stands in its way becomes a message and an exit code."""
+    from yxanul_nemo.launch.stages import StageFailed, Stopped
+
     try:
-        run_stages(config)
+        work()
     except UserError as error:
         fail(error, 2)
     except StageFailed as error:

@@ -64,6 +64,8 @@ REPEATING a command does only what is not done yet, after a crash too; run.dir=X
 allow=[optim.lr] lets a key change from here on (docs/guide/going-on.md). Ctrl-C, SIGTERM and SIGUSR1 save and end.
 Everything of a run is in run.dir (default runs/<recipe>): checkpoints/, metrics.jsonl, tensorboard/, validation/, export/, logs/.
 
+SWEEPS  -m optim.lr=1e-3,2e-3 run.seed=1,2 runs every combination side by side (docs/guide/sweeps.md).
+
 ON SLURM  cluster=slurm submits the stages as a chain of jobs; cluster.dry_run=true only prints them.
 
 EXIT CODES  0 done, or saved and stopped by a scheduler; 1 a failure of ours; 2 a mistake in what was asked for; 130 Ctrl-C.

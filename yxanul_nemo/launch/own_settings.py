@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from yxanul_nemo.checkpoint.going_on import setting_differences
+from yxanul_nemo.checkpoint.going_on import Difference, setting_differences
 from yxanul_nemo.checkpoint.identity import settings_of
 from yxanul_nemo.config.base import expanded
 from yxanul_nemo.config.conf_files import CONF_DIR
@@ -61,9 +61,14 @@ def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
     own = own_settings(run_dir) if run_dir is not None else None
     if read is None or own is None:
         return Asked(_whole(overrides, config_dirs), [])
-    asked = _changed(own, read, overrides, config_dirs)
-    there, here = (settings_of(one, plan_phases(one.curriculum)) for one in (own, asked))
-    found = setting_differences(there, here)
+    try:
+        asked = _changed(own, read, overrides, config_dirs)
+    except UserError:
+        # The command that began the run, word by word: it took something out that is not there any more.
+        asked = _whole(overrides, config_dirs)
+        if _differences(own, asked):
+            raise
+    found = _differences(own, asked)
     said = [f"the settings are those of the run in {run_dir}"]
     named = ", ".join(map(str, found))
     if found and _is_looking(asked.stage):
@@ -95,9 +100,13 @@ def _branch(read: Sequence[Override], overrides: Sequence[str], config_dirs: Seq
     base = base.model_copy(update={"run": base.run.model_copy(update={"dir": run_dir})})
     asked = _changed(base, read, overrides, config_dirs)
     said = [f"the settings are those of the run in {parent.run_dir} after {parent.checkpoint.tokens:,} tokens"]
-    there, here = (settings_of(one, plan_phases(one.curriculum)) for one in (base, asked))
-    found = setting_differences(there, here)
+    found = _differences(base, asked)
     return Asked(asked, said + ([f"the command line changes {', '.join(map(str, found))}"] if found else []))
+
+
+def _differences(before: RunConfig, now: RunConfig) -> list[Difference]:
+    there, here = (settings_of(one, plan_phases(one.curriculum)) for one in (before, now))
+    return setting_differences(there, here)
 
 
 def _last(read: Sequence[Override], key: str) -> Any:

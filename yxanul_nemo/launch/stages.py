@@ -13,6 +13,7 @@ from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.files import write_json_atomic, write_text_atomic
 from yxanul_nemo.launch.interrupts import BY_HAND, Interrupted, StopSignals
 from yxanul_nemo.launch.lone_stages import LONE_STAGES, lone_stage, run_lone_stage
+from yxanul_nemo.launch.notices import notify
 from yxanul_nemo.launch.processes import Workers
 from yxanul_nemo.launch.run_state import RunState
 from yxanul_nemo.launch.tasks import STAGES, Task
@@ -96,11 +97,17 @@ def run_here(config: RunConfig, stages: list[str], after: Task | None = None) ->
                 chain = Chain(config, stages, lock.fd, signals)
                 try:
                     chain.run(after)
+                except StageFailed as error:
+                    notify(config, "failure", str(error))
+                    raise
                 finally:
                     chain.workers.close()
                     if signals.received not in (None, *BY_HAND):
                         marker = {"signal": signals.received.name, "time_unix": time.time()}
                         write_json_atomic(config.run.folder.preempted, marker)
+                        notify(config, "preemption", f"stopped by {signals.received.name}; what was trained is saved")
+            if chain.has_worked:
+                notify(config, "end", f"done: {', '.join(stages)}")
         except Interrupted:
             raise Stopped("the launcher: what is finished is kept.", signals.received) from None
 
@@ -113,6 +120,8 @@ class Chain:
         self.state = RunState(config, stages)
         self.workers = Workers(config, lock_fd, signals)
         self._recorded = False
+        self.has_worked = False
+        """Whether there was anything left to do."""
 
     def run(self, after: Task | None = None) -> None:
         """Do what is not done, checking first what can be checked before anything is spent.
@@ -158,6 +167,7 @@ class Chain:
             if state.is_done(task):
                 logger.info("%s: done already", task.name)
             else:
+                self.has_worked = True
                 self._run_task(task, after=next(iter(state.tasks[i + 1 :]), None))
                 # The end of a phase has shown it.
                 shown = task.kind == "train"

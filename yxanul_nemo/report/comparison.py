@@ -38,10 +38,17 @@ def comparison_charts(runs: Sequence[Run]) -> dict[str, Chart]:
     return {chart.name: chart for chart in made}
 
 
-def comparison_page(runs: Sequence[Run], charts: Mapping[str, Chart]) -> str:
-    """The page's HTML."""
+def comparison_page(
+    runs: Sequence[Run], charts: Mapping[str, Chart], grid: tuple[list[str], list[list[str]]] | None = None
+) -> str:
+    """Return the page's HTML.
+
+    Args:
+        grid: header and rows of a sweep's table, which comes first.
+    """
     differing = _differences(runs)
     sections = [
+        *([Section("grid", "Grid", "Means over seeds, the best first.", (), [Table(*grid)])] if grid else []),
         Section("results", "Results", "", (), [_results(runs)]),
         Section(
             "loss",

@@ -1,6 +1,6 @@
 """`stage=report`: a page about one run, or one that compares several."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from yxanul_nemo.config.run import RunConfig
@@ -42,15 +42,27 @@ def _single(config: RunConfig) -> Path:
 
 
 def _compare(config: RunConfig) -> Path:
-    runs = [
-        read_run(path, label)
-        for path, label in zip(config.run_folders, distinct_labels(config.run_folders), strict=True)
-    ]
-    folder = config.report.dir or config.run_folders[0].parent / ("compare_" + "_".join(run.label for run in runs))
-    with disk_errors(folder, "writing the report"):
-        folder.mkdir(parents=True, exist_ok=True)
+    folders = config.run_folders
+    labels = distinct_labels(folders)
+    return write_comparison(folders, config.report.dir or folders[0].parent / ("compare_" + "_".join(labels)))
+
+
+def write_comparison(
+    folders: Sequence[Path], into: Path, grid: tuple[list[str], list[list[str]]] | None = None
+) -> Path:
+    """Write a page that compares runs; returns its path.
+
+    Args:
+        grid: header and rows of a table that comes first.
+
+    Raises:
+        UserError: a folder that holds no run, or one that cannot be written to.
+    """
+    runs = [read_run(path, label) for path, label in zip(folders, distinct_labels(folders), strict=True)]
+    with disk_errors(into, "writing the report"):
+        into.mkdir(parents=True, exist_ok=True)
         made = comparison_charts(runs)
-        return _write(folder, comparison_page(runs, made), made)
+        return _write(into, comparison_page(runs, made, grid), made)
 
 
 def _write(folder: Path, page: str, made: Mapping[str, Chart]) -> Path:

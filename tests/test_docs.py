@@ -50,7 +50,7 @@ def check_launcher(arguments: list[str]) -> None:
     if "-m" in arguments:
         assert len(plan_sweep(overrides_in(for_hydra(arguments)), []).arms) > 1
         return
-    config = parse(compose(overrides_in(arguments), config_dirs_in(arguments)))
+    config = parse(compose(overrides_in(for_hydra(arguments)), config_dirs_in(arguments)))
     if config.stage not in LONE_STAGES:
         selected_stages(config.stage)
     selected_phases(config.phases, len(config.curriculum.phases))

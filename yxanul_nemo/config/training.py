@@ -35,7 +35,7 @@ class MuonConfig(Section):
     """Decay of these mean squares."""
     cautious_decay: bool = True
     """Decay a weight of these matrices only where the update makes it smaller as well."""
-    adamw_lr_factor: float = Field(default=1.0, gt=0)
+    adamw_lr_factor: float = Field(default=2.0, gt=0)
     """Learning rate of what AdamW updates, as a share of `optim.lr`."""
 
 

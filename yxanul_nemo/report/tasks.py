@@ -1,6 +1,7 @@
 """What `stage=evaluate` found, as tables."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from yxanul_nemo.report.gather import Run
 from yxanul_nemo.report.page import Section, Table
@@ -18,7 +19,7 @@ def tasks_sections(run: Run) -> Iterator[Section]:
         yield Section("tasks", "Tasks", NOTE, (), tables)
 
 
-def _table(result: dict) -> Table:
+def _table(result: dict[str, Any]) -> Table:
     rows = []
     for task, found in result["tasks"].items():
         if "unavailable" in found:

@@ -29,6 +29,8 @@ PAGES = [REPO_DIR / "README.md", REPO_DIR / "CONTRIBUTING.md", *sorted((REPO_DIR
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"`((?:uv|pip|python) [^`]+)`")
 PICTURE_BYTES = 200_000
+FRONT_PAGE_LINES = 180
+"""README.md is read in one go; what is longer belongs into docs/guide/."""
 
 
 def commands(page: Path) -> list[str]:
@@ -154,12 +156,20 @@ def test_completion_is_what_the_page_says() -> None:
     assert done.stdout.split() == ["recipe=yxanul_197m_h100", "recipe=yxanul_197m_h200"]
 
 
+def anchors(page: Path) -> set[str]:
+    """Return what links may name in `page`: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere_and_code_is_python(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
         if not target.startswith("http"):
-            assert (page.parent / target).is_file(), target
+            linked = page.parent / target if target else page
+            assert linked.is_file(), target
+            assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
     for language, block in BLOCK.findall(text):
         if language == "python":
             ast.parse(block)
@@ -170,9 +180,19 @@ def test_pictures_are_small() -> None:
     assert pictures and all(path.stat().st_size < PICTURE_BYTES for path in pictures)
 
 
-def test_named_paths_exist() -> None:
-    """Modules and files that the architecture page names."""
-    text = (REPO_DIR / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for name in re.findall(r"`([\w/]+(?:\.py|/))`", text):
-        places = (REPO_DIR / name, REPO_DIR / "yxanul_nemo" / name)
+@pytest.mark.parametrize("page", ["architecture.md", "guide/changing-the-code.md"])
+def test_named_paths_exist(page: str) -> None:
+    """Modules and folders that pages about the code name."""
+    text = (REPO_DIR / "docs" / page).read_text(encoding="utf-8")
+    names = re.findall(r"`([\w/]+(?:\.py|/))`", text)
+    assert names
+    for name in names:
+        places = [REPO_DIR / folder / name for folder in (".", "yxanul_nemo", "data_prep/corpus")]
         assert any(place.exists() for place in places) or name in ("report/", "export/"), name
+
+
+def test_every_page_of_the_guide_is_linked_and_the_front_page_is_short() -> None:
+    text = (REPO_DIR / "README.md").read_text(encoding="utf-8")
+    for page in (REPO_DIR / "docs" / "guide").glob("*.md"):
+        assert f"](docs/guide/{page.name})" in text, page.name
+    assert len(text.splitlines()) < FRONT_PAGE_LINES

@@ -15,6 +15,7 @@ ROOMS = (
     "launcher.py",
     "yxanul_nemo/launch/",
     "yxanul_nemo/bench/",
+    "yxanul_nemo/publish/",
     "yxanul_nemo/report/",
     "yxanul_nemo/evaluation/",
     "yxanul_nemo/export/",

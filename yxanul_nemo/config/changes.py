@@ -120,6 +120,7 @@ CHANGES: dict[str, Change] = {
     "cluster": "free",
     "generate": "free",
     "evaluate": "free",
+    "publish": "free",
     "stage": "free",
     "from": "free",
     "prompt": "free",

@@ -12,7 +12,15 @@ from yxanul_nemo.config.curriculum import CurriculumConfig, PhaseConfig
 from yxanul_nemo.config.data import DataConfig, SourceConfig, TokenizerConfig
 from yxanul_nemo.config.model import ModelConfig
 from yxanul_nemo.config.outputs import CheckpointConfig, ExportConfig, LoggingConfig, NotifyConfig, ValidationConfig
-from yxanul_nemo.config.stages import BenchConfig, EvaluateConfig, GenerateConfig, PlanConfig, ReportConfig, SweepConfig
+from yxanul_nemo.config.stages import (
+    BenchConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    PlanConfig,
+    PublishConfig,
+    ReportConfig,
+    SweepConfig,
+)
 from yxanul_nemo.config.training import GuardsConfig, OptimConfig, ParallelConfig, PrecisionConfig
 from yxanul_nemo.run_folder import RunFolder
 
@@ -60,6 +68,7 @@ class RunConfig(Section):
     cluster: ClusterConfig = ClusterConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    publish: PublishConfig = PublishConfig()
     stage: str | list[str] = "all"
     """Steps of the pipeline to run: all, or one or several of fetch, data, train, validate, export; or another stage alone."""
     from_: PathText | list[PathText] | None = Field(default=None, alias="from")

@@ -1,4 +1,4 @@
-"""Sections `plan`, `bench`, `report`, `generate` and `evaluate`, of stages that change nothing in a run."""
+"""Sections `plan`, `bench`, `report`, `generate`, `evaluate` and `publish`, of stages that change nothing in a run."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -131,3 +131,16 @@ class EvaluateConfig(Section):
                 "tasks has humaneval, which runs what the model wrote; allow it with run_generated_code=true"
             )
         return self
+
+
+class PublishConfig(Section):
+    """`stage=publish`: an export with its model card, to the Hugging Face hub. It changes nothing in the run."""
+
+    repo: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+    """OWNER/NAME of the model on the hub; it is made where it does not exist."""
+    revision: str = Field(default="main", pattern=r"^[A-Za-z0-9][\w./-]*$")
+    """Branch that the export is put on, as in `phase-2`; it is made from `main` where it does not exist."""
+    private: bool = False
+    """Make a new repository that only its owner can see; one that exists stays as it is."""
+    dry_run: bool = False
+    """Show the card and the files, and publish nothing; needs neither network nor token."""

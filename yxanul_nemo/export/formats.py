@@ -19,6 +19,8 @@ from yxanul_nemo.model.gpt import YxanulGPT
 from yxanul_nemo.model.nemo_archive import WEIGHT_PREFIX
 
 MODELLING_CODE = Path(__file__).with_name("modeling_yxanul.py")
+NORMAL_95 = 1.96
+"""Standard errors on each side of a mean that 95% of a normal distribution are within."""
 
 
 def write_hf(
@@ -133,18 +135,24 @@ def model_card(
         "",
     ]  # fmt: skip
     if validation is not None:
-        lines += [
-            f"Held-out text, windows of {validation['eval_len_tokens']} tokens with stride {validation['stride_tokens']}:",
-            "",
-            "| domain | documents | bits per byte | standard error | perplexity |",
-            "|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {name} | {score['documents']} | {score['bits_per_byte']:.4f} | {score['bits_per_byte_standard_error']:.4f} "
-            f"| {score['perplexity']:.2f} |"
-            for name, score in validation["domains"].items()
-        ]
+        lines += held_out_lines(validation)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def held_out_lines(validation: Mapping[str, Any]) -> list[str]:
+    """Return the lines of the card about a checkpoint's validation, as `validation.validate` gives it."""
+    lines = [
+        f"Held-out text, windows of {validation['eval_len_tokens']} tokens with stride {validation['stride_tokens']}:",
+        "",
+        "| domain | documents | bits per byte | 95% interval | perplexity |",
+        "|---|---|---|---|---|",
+    ]
+    for name, score in validation["domains"].items():
+        value, margin = score["bits_per_byte"], NORMAL_95 * score["bits_per_byte_standard_error"]
+        # A single document says nothing of how documents vary.
+        interval = f"{value - margin:.4f} to {value + margin:.4f}" if margin else "-"
+        lines.append(f"| {name} | {score['documents']} | {value:.4f} | {interval} | {score['perplexity']:.2f} |")
+    return lines
 
 
 def _add_to_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -25,6 +25,7 @@ LOOKING = {
     "report": "run.dir/report/index.html: curves, plan and reality, held-out text, samples; runs=[runs/a,runs/b] compares",
     "generate": "text from the run's best checkpoint or from=PATH: prompt='Once upon a time' generate.temperature=0.8",
     "evaluate": "the same model at tasks of lm-evaluation-harness and at questions made of held-out text",
+    "publish": "the export and its model card to the Hugging Face hub: publish.repo=OWNER/NAME publish.dry_run=true",
     "import": "from=PATH, a .nemo file or Hugging Face folder, as the first checkpoint of a new run",
     "branch": "from=RUN@TOKENS run.dir=NEW: a new run from a checkpoint of another, with its moments and its place in the data",
     "help": "this page",
@@ -46,7 +47,7 @@ Try in this order: stage=plan, stage=check, stage=all, stage=report.
 
 STAGES  all (the default) is these five; each also alone, several as 'stage=[train,export]' (quoted: shells read [])
 {_entries(PIPELINE)}
-These run alone; all but cancel, import and branch only look:
+These run alone; all but cancel, publish, import and branch only look:
 {_entries(LOOKING)}
 
 RECIPES  recipe=NAME, a short list of choices over conf/

@@ -11,8 +11,8 @@ from yxanul_nemo.machine.surroundings import make_bearable, without_place
 from yxanul_nemo.run_folder import MODEL_SOURCES
 
 LONE_STAGES = (
-    "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "generate", "evaluate", "import",
-    "branch", "help",
+    "plan", "check", "bench", "status", "cancel", "inspect_data", "compare_tokenizers", "report", "generate", "evaluate", "publish",
+    "import", "branch", "help",
 )  # fmt: skip
 WITH_SOURCES = ("generate", "evaluate", "import", "validate", "branch")
 """Stages that `from` says something to."""
@@ -67,6 +67,12 @@ def run_lone_stage(config: RunConfig, name: str) -> bool:
         from yxanul_nemo.report.stage import run_report_stage
 
         run_report_stage(config)
+        return True
+    if name == "publish":
+        quiet_libraries()
+        from yxanul_nemo.publish.stage import run_publish_stage
+
+        run_publish_stage(config)
         return True
     if name == "status":
         from yxanul_nemo.launch.status import show_runs, show_status

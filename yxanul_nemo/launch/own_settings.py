@@ -29,7 +29,7 @@ OF_ONE_COMMAND = ("stage", "from", "prompt", "phases", "runs", "allow")
 """Keys that a command says for itself alone."""
 OF_TRAINING = ("run", "model", "tokenizer", "data", "curriculum", "optim", "precision", "guards")
 """Sections that training is decided by."""
-LOOKING = ("status", "report", "cancel", "generate", "evaluate", "validate", "export")
+LOOKING = ("status", "report", "cancel", "generate", "evaluate", "validate", "export", "publish")
 """Stages about what was trained: settings of training that differ change nothing for them."""
 BEGINNING = ("branch", "import", "help")
 """Stages that begin a run, or are about none."""

@@ -1,6 +1,6 @@
 """Time and accuracy of the linear cross entropy on one GPU, with the peers that are installed.
 
-    python -m benchmarks.linear_cross_entropy --tokens 32768 --rows 200064 --inner 128 --logits flat
+    python -m benchmarks.linear_cross_entropy --tokens 32768 --rows 200064 --inner 128 --logits flat wide zipf
     python -m benchmarks.linear_cross_entropy --run runs/NAME     # also with a trained model's head, on its own training text
 
 Each variant runs forward and backward on bfloat16 inputs with a mean loss, as in training. Times are medians in

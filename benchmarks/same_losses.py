@@ -1,6 +1,7 @@
 """The product beside plain torch: the losses of its first steps and those of an independent model and loop, step by step.
 
-    python -m benchmarks.same_losses [--steps 300] [--plain fp32] [--micro-batch-tokens 8192] [--output FILE.json] recipe=... key=value ...
+    python -m benchmarks.same_losses [--steps 300] [--plain fp32] [--micro-batch-tokens 8192] [--unscaled-residuals] [--output FILE.json] \
+        recipe=... key=value ...
 
 Both begin with the same weights and see the same windows in the same order, with the learning rate and clipping that the product uses at
 each step. The other model is `benchmarks.peers.PlainGPT`, trained as one would write it down: autocast to BF16 or not (`--plain`), mean

@@ -174,11 +174,21 @@ def test_a_configuration_of_an_earlier_version_is_read_and_a_command_line_like_i
             parse(compose([f"+{key}=1"]))
 
 
-def test_callbacks_are_not_stored_and_a_stored_one_is_refused(tmp_path: Path) -> None:
-    stored = to_yaml(parse(compose(["callbacks=[my_module.Watcher]"])))
-    assert "callbacks" not in stored
-    (tmp_path / "config.yaml").write_text(f"{stored}callbacks: [os.abort]\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"config\.yaml \(callbacks\): names code, \['os\.abort'\]"):
+@pytest.mark.parametrize(
+    ("asked", "stored_by_others", "named"),
+    [
+        ("callbacks=[my_module.Watcher]", "callbacks: [os.abort]", r"\(callbacks\): names code, \['os\.abort'\]"),
+        ("notify.command=mail", "notify: {command: touch x}", r"\(notify\): names code, touch x"),
+    ],
+    ids=["callbacks", "notices"],
+)
+def test_code_is_not_stored_and_where_a_file_names_it_refused(
+    tmp_path: Path, asked: str, stored_by_others: str, named: str
+) -> None:
+    stored = to_yaml(parse(compose([asked])))
+    assert asked.split("=")[0].split(".")[0] not in stored
+    (tmp_path / "config.yaml").write_text(f"{stored}{stored_by_others}\n", encoding="utf-8")
+    with pytest.raises(UserError, match=rf"config\.yaml {named}"):
         load_run_config(tmp_path / "config.yaml")
 
 

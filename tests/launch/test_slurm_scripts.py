@@ -1,5 +1,6 @@
 """Job scripts and the srun inside them, without a Slurm: what they say, what is refused, and that shell reads them."""
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.conf_files import REPO_DIR
 from yxanul_nemo.config.load import compose, parse
+from yxanul_nemo.config.outputs import NotifyConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.slurm.job import RunningJob
@@ -75,6 +77,9 @@ def test_a_phase_asks_for_all_nodes_and_the_data_stage_for_one_without_gpus(
     with_callback = render(watched, Task.named("phase-03"), Task.named("phase-02")).splitlines()
     assert f"{command} --callback=tests.watching.Watcher" in with_callback
     assert not any("--callback" in line for line in render(watched, Task("export"), None).splitlines())
+    told = config.model_copy(update={"notify": NotifyConfig(command="echo 'a b'", events=["failure"])})
+    (argument,) = shlex.split(render(told, Task("export"), None).splitlines()[-1])[-1:]
+    assert NotifyConfig.model_validate_json(argument.removeprefix("--notify=")) == told.notify
 
 
 def test_what_is_not_chosen_is_not_asked_for(make_config: Callable[..., RunConfig]) -> None:

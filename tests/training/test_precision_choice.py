@@ -130,7 +130,7 @@ def test_a_ledger_notes_that_a_phase_goes_on_in_another_format(straight: RunConf
     [
         ("h100", (), "fp8_hybrid"),
         ("a100", (), "bf16"),
-        ("cpu", (), "fp32"),
+        ("cpu", ("parallel.micro_batch_tokens=4096",), "fp32"),
         ("h100", ("model.ffn_hidden_size=2056",), "bf16"),
     ],
 )
@@ -145,7 +145,7 @@ def test_a_plan_says_what_auto_is_expected_to_be(
 
 
 def test_auto_is_planned_for_the_machine_at_hand(tmp_path: Path) -> None:
-    config = auto(f"run.dir={tmp_path}", "plan.gpus=1", "plan.gpu=auto")
+    config = auto(f"run.dir={tmp_path}", "plan.gpus=1", "plan.gpu=auto", "parallel.micro_batch_tokens=4096")
     assert make_plan(config, []).gpu == "CPU"
     assert make_plan(config, [BY_KEY["h200"].name]).precision == "auto, planned as fp8_hybrid"
 

@@ -22,8 +22,10 @@ from yxanul_nemo.errors import UserError, nearest
 from yxanul_nemo.stored import Problem, first_problem
 from yxanul_nemo.unpacking.safe_config import read_plain
 
-REQUEST_ONLY_FIELDS = {"from_", "prompt", "callbacks"}
-"""Fields that belong to one command and are not stored with a run. Callbacks name code: who writes a file must not choose what is run."""
+NAMES_CODE = {"callbacks": "callbacks=[...]", "notify": "notify.command=..."}
+"""Fields that name code, with how a command line gives them: who writes a file must not choose what is run."""
+REQUEST_ONLY_FIELDS = {"from_", "prompt", *NAMES_CODE}
+"""Fields that belong to one command and are not stored with a run."""
 FILE_WIDTH = 120
 """Longest line of a configuration's file, where its values allow it."""
 RETIRED_KEYS = (
@@ -95,10 +97,10 @@ def load_run_config(path: Path) -> RunConfig:
     """Read the resolved `config.yaml` that the launcher keeps in a run's folder, which somebody else may have made.
 
     `${...}` in it stays as it stands: the values of this process's environment are none of the file's business. Nor may it name
-    callbacks, which are code.
+    code: callbacks, or a command for notices.
 
     Raises:
-        UserError: it is absent, no plain YAML, names callbacks, or `parse` refuses it.
+        UserError: it is absent, no plain YAML, names code, or `parse` refuses it.
     """
     if not path.is_file():
         raise UserError(
@@ -109,13 +111,16 @@ def load_run_config(path: Path) -> RunConfig:
         for section, _, key in (retired.partition(".") for retired in RETIRED_KEYS):
             if isinstance(loaded.get(section), dict):
                 loaded[section].pop(key, None)
-        if loaded.get("callbacks"):
-            raise UserError(
-                "callbacks",
-                f"names code, {loaded['callbacks']}, which is not taken from a stored configuration",
-                "none",
-                "Take the key out of the file, and give callbacks=[...] on the command line or in a recipe.",
-            )
+        for field, given in NAMES_CODE.items():
+            named = loaded.get(field)
+            named = named.get("command") if isinstance(named, dict) else named
+            if named:
+                raise UserError(
+                    field,
+                    f"names code, {named}, which is not taken from a stored configuration",
+                    "none",
+                    f"Take the key out of the file, and give {given} on the command line or in a recipe.",
+                )
         return parse(loaded)
     except UserError as error:
         if error.where == str(path):

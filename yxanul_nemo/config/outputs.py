@@ -130,7 +130,8 @@ class NotifyConfig(Section):
 
     command: str | None = None
     """Shell command that gets a notice as JSON on its standard input, and YXANUL_EVENT, YXANUL_RUN and YXANUL_MESSAGE as variables, as in
-    `'curl -s --json @- "$HOOK"'` with the secret address in the shell's variable HOOK; unset: none."""
+    `'curl -s --json @- "$HOOK"'` with the secret address in the shell's variable HOOK; unset: none. Taken from a recipe or the command
+    line alone; no file of a run holds it."""
     events: list[Literal["end", "failure", "preemption"]] = Field(default=["end", "failure", "preemption"])
     """Of a run's tasks: all that was asked for is done; one has failed; a scheduler has stopped it."""
 

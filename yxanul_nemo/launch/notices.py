@@ -31,8 +31,8 @@ def notify(config: RunConfig, event: Event, message: str) -> None:
     }
     environment = os.environ | {"YXANUL_EVENT": event, "YXANUL_RUN": config.run.name, "YXANUL_MESSAGE": message}
     with subprocess.Popen(
-        config.notify.command,
-        shell=True,
+        # The shell is asked for by name: the command is the user's own, and no file of a run can name it.
+        ["/bin/sh", "-c", config.notify.command],
         env=environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

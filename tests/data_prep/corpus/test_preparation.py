@@ -274,7 +274,9 @@ def test_a_finished_corpus_needs_its_input_no_more(tmp_path, corpus, prepare, ca
     with pytest.raises(UserError, match=r"heldout_fraction 0\.1 then, 0\.2 now"):
         prepare(tmp_path / "out", folder, heldout_fraction=0.2)
     (tmp_path / "out/web/train/shard-1.bin").unlink()
-    with pytest.raises(UserError, match=r"tokens of shard-1\.parquet are absent or cut short, and the parquet"):
+    with pytest.raises(
+        UserError, match=r"tokens of shard-1\.parquet are absent or cut short, and the files they are made of"
+    ):
         prepare(tmp_path / "out", folder)
 
 

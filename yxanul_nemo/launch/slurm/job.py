@@ -11,12 +11,13 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from yxanul_nemo.checkpoint.store import CheckpointStore
 from yxanul_nemo.config.load import load_run_config
+from yxanul_nemo.config.outputs import NotifyConfig
 from yxanul_nemo.config.run import RunConfig
 from yxanul_nemo.errors import UserError
 from yxanul_nemo.launch.slurm import commands
@@ -39,10 +40,11 @@ def main() -> int:
     parser.add_argument("task")
     parser.add_argument("--after")
     parser.add_argument("--callback", action="append", default=[], help="import path of a training callback")
+    parser.add_argument("--notify", type=NotifyConfig.model_validate_json, default=NotifyConfig(), help="who is told")
     arguments = parser.parse_args()
     outlive_reader()
     task, job_id = Task.named(arguments.task), int(os.environ["SLURM_JOB_ID"])
-    job = RunningJob(arguments.run_dir, task, job_id, callbacks=arguments.callback)
+    job = RunningJob(arguments.run_dir, task, job_id, callbacks=arguments.callback, notify=arguments.notify)
     try:
         config = job.load()
         job.note("running")
@@ -70,6 +72,8 @@ class RunningJob:
     config: RunConfig | None = None
     callbacks: Sequence[str] = ()
     """Import paths of the user's callbacks, which no file of the run holds."""
+    notify: NotifyConfig = field(default_factory=NotifyConfig)
+    """Who is told, which no file of the run holds either."""
 
     @property
     def stage(self) -> str:
@@ -79,7 +83,7 @@ class RunningJob:
     def load(self) -> RunConfig:
         """The chain's configuration, with the stage that this job is for."""
         config = load_run_config(RunFolder(self.run_dir).slurm_config)
-        choice: dict[str, Any] = {"stage": [self.stage], "callbacks": list(self.callbacks)}
+        choice: dict[str, Any] = {"stage": [self.stage], "callbacks": list(self.callbacks), "notify": self.notify}
         choice["phases"] = self.task.phase if self.stage == "train" else None
         self.config = config.model_copy(update=choice)
         return self.config

@@ -47,6 +47,8 @@ def render(config: RunConfig, task: Task, after: Task | None) -> str:
         command += ["--after", after.name]
     if task.kind == "train":
         command += [f"--callback={path}" for path in config.callbacks]
+    if config.notify.command is not None:
+        command.append(f"--notify={config.notify.model_dump_json()}")
     lines += [
         "# exec: Slurm's signal goes to this process, and so to the launcher, which passes it on to the ranks that srun starts.",
         f"exec {shlex.join(command)}",

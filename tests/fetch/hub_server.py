@@ -27,7 +27,7 @@ LICENSES = {
     "ecl-2.0", "epl-2.0", "eupl-1.1", "agpl-3.0", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-3.0", "isc", "ms-pl",
     "mpl-2.0", "odc-by", "odbl", "ofl-1.1", "osl-3.0", "pddl", "unlicense", "zlib", "unknown", "other",
 }  # fmt: skip
-"""Abbreviations in the hub's documentation of licences, the most used of them."""
+"""Names of licences that this server takes: some of those that the hub knows."""
 
 
 @dataclass
@@ -271,7 +271,7 @@ def front_matter(card: str) -> dict[str, Any]:
 
 
 def card_problems(card: str) -> list[str]:
-    """What the hub says against the metadata of a model's card, by its documentation of model cards."""
+    """Return what this server says against the metadata of a model's card; the hub's own rules may be others."""
     data = front_matter(card)
     problems = [] if data.get("license") in LICENSES else ['"license" must be one of the hub\'s']
     for name in data.get("datasets", []):

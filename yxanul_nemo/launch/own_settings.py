@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yxanul_nemo.checkpoint.going_on import Difference, setting_differences
 from yxanul_nemo.checkpoint.identity import settings_of
 from yxanul_nemo.config.base import expanded
+from yxanul_nemo.config.cluster import ClusterConfig
 from yxanul_nemo.config.conf_files import CONF_DIR
 from yxanul_nemo.config.load import compose, load_run_config, parse
 from yxanul_nemo.config.overriding import apply, escaped, parsed, resolved
@@ -31,6 +32,10 @@ OF_TRAINING = ("run", "model", "tokenizer", "data", "curriculum", "optim", "prec
 """Sections that training is decided by."""
 LOOKING = ("status", "report", "cancel", "generate", "evaluate", "validate", "export", "publish")
 """Stages about what was trained: settings of training that differ change nothing for them."""
+COMMANDS_OF_JOBS = {
+    name: getattr(ClusterConfig(), name) for name in ("setup", "environment", "sbatch", "srun", "container")
+}
+"""Keys of `cluster` by which a job runs something, with nothing chosen: who writes a file must not choose what is run."""
 BEGINNING = ("branch", "import", "help")
 """Stages that begin a run, or are about none."""
 
@@ -76,6 +81,8 @@ def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
         asked = asked.model_copy(update={name: getattr(own, name) for name in OF_TRAINING})
     elif found:
         said.append(f"the command line changes {named}")
+    if not _is_looking(asked.stage):
+        said += _left_out(asked)
     kept = [name for name in own.allow if not any(_is_under(one.key, name) for one in found)]
     allow = list(dict.fromkeys([*asked.allow, *kept]))
     return Asked(asked.model_copy(update={"allow": allow}), said)
@@ -117,15 +124,32 @@ def _last(read: Sequence[Override], key: str) -> Any:
 def own_settings(run_dir: Path) -> RunConfig | None:
     """Return the settings that a run was last given, with the folder that it is in now; None for one that has not begun.
 
+    What a job of Slurm would run is left out of them (`COMMANDS_OF_JOBS`).
+
     Raises:
         UserError: they cannot be read.
     """
+    stored = _stored_settings(run_dir)
+    if stored is None:
+        return None
+    run, cluster = stored.run.model_copy(update={"dir": run_dir}), stored.cluster.model_copy(update=COMMANDS_OF_JOBS)
+    return stored.model_copy(update={"run": run, "cluster": cluster})
+
+
+def _stored_settings(run_dir: Path) -> RunConfig | None:
     folder = RunFolder(run_dir)
     path = folder.slurm_config if folder.slurm_chain.is_file() else folder.config
-    if not path.is_file():
-        return None
-    own = load_run_config(path)
-    return own.model_copy(update={"run": own.run.model_copy(update={"dir": run_dir})})
+    return load_run_config(path) if path.is_file() else None
+
+
+def _left_out(asked: RunConfig) -> list[str]:
+    """Return a line for each key of `COMMANDS_OF_JOBS` that the run's file has and the command line does not."""
+    stored = _stored_settings(asked.run.dir)
+    return [
+        f"cluster.{key} is not taken from the run's file, because jobs would run it: give it on the command line if it still holds"
+        for key, none in COMMANDS_OF_JOBS.items()
+        if stored is not None and getattr(stored.cluster, key) != none == getattr(asked.cluster, key)
+    ]
 
 
 def _run_dir(read: Sequence[Override], overrides: Sequence[str], config_dirs: Sequence[Path]) -> Path | None:

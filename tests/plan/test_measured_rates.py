@@ -19,7 +19,11 @@ def rate_notes(tmp_path: Path, *overrides: str) -> str:
     return "\n".join(warning for warning in warnings if "measured" in warning or "warm-up" in warning)
 
 
-@pytest.mark.parametrize("measured", [MUON, ADAMW], ids=["muon", "adamw"])
+@pytest.mark.parametrize(
+    "measured",
+    [MUON, (*MUON, "optim.warmup_tokens=0.03"), ADAMW],
+    ids=["muon", "muon with the shorter warm-up", "adamw"],
+)
 def test_what_was_measured_gets_no_note(tmp_path: Path, measured: tuple[str, ...]) -> None:
     notes = rate_notes(tmp_path, *MEASURED, *measured)
     assert "optim." not in notes and "learning rates were" not in notes

@@ -63,9 +63,10 @@ def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
     run_dir = _run_dir(read, overrides, config_dirs) if read is not None and stage not in BEGINNING else None
     if read is not None and stage == "branch":
         return _branch(read, overrides, config_dirs)
-    own = own_settings(run_dir) if run_dir is not None else None
-    if read is None or own is None:
+    stored = _stored_settings(run_dir) if run_dir is not None else None
+    if read is None or stored is None or run_dir is None:
         return Asked(_whole(overrides, config_dirs), [])
+    own = _taken_over(stored, run_dir)
     try:
         asked = _changed(own, read, overrides, config_dirs)
     except UserError:
@@ -82,7 +83,7 @@ def asked_settings(overrides: Sequence[str], config_dirs: Sequence[Path] = ()) -
     elif found:
         said.append(f"the command line changes {named}")
     if not _is_looking(asked.stage):
-        said += _left_out(asked)
+        said += _left_out(stored, asked)
     kept = [name for name in own.allow if not any(_is_under(one.key, name) for one in found)]
     allow = list(dict.fromkeys([*asked.allow, *kept]))
     return Asked(asked.model_copy(update={"allow": allow}), said)
@@ -130,10 +131,7 @@ def own_settings(run_dir: Path) -> RunConfig | None:
         UserError: they cannot be read.
     """
     stored = _stored_settings(run_dir)
-    if stored is None:
-        return None
-    run, cluster = stored.run.model_copy(update={"dir": run_dir}), stored.cluster.model_copy(update=COMMANDS_OF_JOBS)
-    return stored.model_copy(update={"run": run, "cluster": cluster})
+    return None if stored is None else _taken_over(stored, run_dir)
 
 
 def _stored_settings(run_dir: Path) -> RunConfig | None:
@@ -142,13 +140,18 @@ def _stored_settings(run_dir: Path) -> RunConfig | None:
     return load_run_config(path) if path.is_file() else None
 
 
-def _left_out(asked: RunConfig) -> list[str]:
+def _taken_over(stored: RunConfig, run_dir: Path) -> RunConfig:
+    """Return what counts of a run's file: not where the run was, nor what a job of Slurm would run."""
+    run, cluster = stored.run.model_copy(update={"dir": run_dir}), stored.cluster.model_copy(update=COMMANDS_OF_JOBS)
+    return stored.model_copy(update={"run": run, "cluster": cluster})
+
+
+def _left_out(stored: RunConfig, asked: RunConfig) -> list[str]:
     """Return a line for each key of `COMMANDS_OF_JOBS` that the run's file has and the command line does not."""
-    stored = _stored_settings(asked.run.dir)
     return [
         f"cluster.{key} is not taken from the run's file, because jobs would run it: give it on the command line if it still holds"
         for key, none in COMMANDS_OF_JOBS.items()
-        if stored is not None and getattr(stored.cluster, key) != none == getattr(asked.cluster, key)
+        if getattr(stored.cluster, key) != none == getattr(asked.cluster, key)
     ]
 
 

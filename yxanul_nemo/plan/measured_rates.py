@@ -1,6 +1,6 @@
 """Learning rates and warm-ups that were measured, and what a plan says of a run that is far from them.
 
-The measurements are runs of the 197M model with 50 to 100 million tokens in steps of 32,768 and 65,536 tokens (BENCHMARKS.md,
+The measurements are runs of the 197M model with 30 to 100 million tokens in steps of 32,768 and 65,536 tokens (BENCHMARKS.md,
 "Muon and AdamW"). No law is fitted to them: two step sizes and two lengths of run are too few.
 """
 
@@ -37,9 +37,10 @@ ADAMW = MeasuredRate(
     "AdamW", 1.2e-3, (1.2e-3, 2.4e-3), "2.4e-3 ended 6% worse", 100, "46 steps ended 12% worse than 152"
 )
 MUON = MeasuredRate(
-    "Muon", 2.4e-3, (1.6e-3, 3.6e-3), "1.6e-3 ended 2% worse, 3.6e-3 the same", 46, "fewer than 46 steps were not tried"
+    "Muon", 2.4e-3, (1.6e-3, 3.6e-3), "1.6e-3 ended 2% worse, 3.6e-3 the same", 27, "fewer than 27 steps were not tried"
 )
-MEASURED_TOKENS, MEASURED_TOKENS_PER_STEP = (50e6, 100e6), (32_768, 65_536)
+MOST_TOKENS, MOST_TOKENS_PER_STEP = 100e6, 65_536
+"""Longest run and largest step that were measured."""
 
 
 def rate_warnings(config: RunConfig, phases: Sequence[Phase], parameters: int) -> list[str]:
@@ -68,10 +69,10 @@ def rate_warnings(config: RunConfig, phases: Sequence[Phase], parameters: int) -
             f"{measured.short_warmup}"
         )
     step = max(phase.tokens_per_step for phase in phases)
-    if tokens > FAR * MEASURED_TOKENS[1] or step > FAR * MEASURED_TOKENS_PER_STEP[1]:
+    if tokens > FAR * MOST_TOKENS or step > FAR * MOST_TOKENS_PER_STEP:
         warnings.append(
-            f"learning rates were measured up to {MEASURED_TOKENS[1] / 1e6:.0f} M tokens and in steps of up to "
-            f"{MEASURED_TOKENS_PER_STEP[1]:,}; the best one for {tokens / 1e6:,.0f} M tokens in steps of {step:,} is not known"
+            f"learning rates were measured up to {MOST_TOKENS / 1e6:.0f} M tokens and in steps of up to "
+            f"{MOST_TOKENS_PER_STEP:,}; the best one for {tokens / 1e6:,.0f} M tokens in steps of {step:,} is not known"
         )
     return warnings
 

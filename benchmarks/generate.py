@@ -60,7 +60,7 @@ def theirs(model: LlamaForCausalLM, prompts: list[list[int]], tokens: int, tempe
 
 
 def seconds(device: torch.device, write: Callable[[], None]) -> float:
-    """Of the second of two calls."""
+    """Return the seconds of the second of two calls."""
     write()
     if device.type == "cuda":
         torch.cuda.synchronize()

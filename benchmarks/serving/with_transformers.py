@@ -21,7 +21,7 @@ LENGTH = len(answers["answers"][0]["tokens"])
 
 
 def written(prompts: list[str], most: int) -> list[list[int]]:
-    """What the model writes after each prompt, all in one batch, as users call it."""
+    """Return what the model writes after each prompt, all in one batch, as users call it."""
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     with torch.inference_mode():
         ids_BT = model.generate(**batch, max_new_tokens=most, min_new_tokens=most, do_sample=False)

@@ -27,7 +27,7 @@ SPLITS = ("train", "heldout")
 
 
 class Encoder(Protocol):
-    """What a shard needs of a tokenizer."""
+    """The part of a tokenizer that preparing a shard uses."""
 
     @property
     def vocab_size(self) -> int: ...

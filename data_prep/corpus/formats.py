@@ -23,7 +23,7 @@ FORMAT_OF_ENDING = {
     ".md": Format.TEXT,
 }
 COMPRESSION_OF_ENDING = {".gz": "gzip", ".zst": "zstd"}
-"""What may follow the ending of a file that is not parquet -> the name that pyarrow has for it."""
+"""Second ending of a packed file that is not parquet -> pyarrow's name for that packing."""
 ALL_ENDINGS = "*.parquet, *.jsonl, *.json, *.txt or *.md (all but parquet also as .gz or .zst)"
 
 

@@ -79,7 +79,7 @@ class IndexedWriter:
     """
 
     result: WrittenPair
-    """What both files hold; there is none until the block has ended."""
+    """Counts and digests of both files; there are none until the block has ended."""
 
     def __init__(self, path_prefix: Path, dtype: np.dtype):
         self.path_prefix = Path(path_prefix)

@@ -25,7 +25,7 @@ POST = (
 
 @pytest.fixture
 def received(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """What a local server was sent."""
+    """Return the notices that a local server was sent."""
     found: list[dict[str, Any]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):

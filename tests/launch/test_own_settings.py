@@ -1,4 +1,4 @@
-"""Whose settings a command line takes over from a run's files, and what it does not."""
+"""A run's file gives its settings to a command line, and none of what jobs run."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What layers, attention and documents go through, for GPUs that are not here."""
+"""The choice of layers, attention and document handling, for GPUs that are not here."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What layers, attention and documents go through on a GPU, and why not otherwise: the one place that says so. No torch.
+"""The choice of layers, attention and document handling for a GPU, with reasons: the one place that says so. No torch.
 
 Plan, `stage=check`, the model and its training all ask here. What a GPU can compute in is said by `machine.number_formats`.
 """
